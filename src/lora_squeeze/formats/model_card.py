@@ -1,0 +1,49 @@
+"""README.md of an adapter folder: the source's card, with a section on what was done and how to load the result."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from lora_squeeze.adapter import Adapter
+
+CARD_NAME = "README.md"
+_BEGIN, _END = "<!-- lora-squeeze -->", "<!-- /lora-squeeze -->"
+
+
+def model_card(adapter: Adapter, before: str) -> str:
+    """The card of an adapter; a section written earlier by this tool is replaced, all else is kept.
+
+    Args:
+        adapter: what is being written.
+        before: text of the source's card, empty if it has none.
+    """
+    before = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", before, flags=re.DOTALL).rstrip()
+    if not before:
+        base = adapter.config.get("base_model_name_or_path") or ""
+        front = {"library_name": "peft", "tags": ["lora", "lora-squeeze"], **({"base_model": base} if base else {})}
+        lines = [f"{key}: {json.dumps(value)}" for key, value in front.items()]
+        before = "\n".join(["---", *lines, "---", "", "# LoRA adapter"])
+    return f"{before}\n\n{_BEGIN}\n{_section(adapter)}\n{_END}\n"
+
+
+def _section(adapter: Adapter) -> str:
+    ranks = sorted({module.rank * module.step for module in adapter.modules.values()})
+    shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    lines = [
+        "## Squeezed with lora-squeeze",
+        "",
+        f"- rank: {shown} in {len(adapter.modules)} modules, scale (alpha / r) {adapter.default_scale:g} everywhere",
+    ]
+    if adapter.dropped:
+        lines.append(f"- {len(adapter.dropped)} modules with no energy worth keeping left the adapter")
+    lines += [
+        f"- {step.get('step')}: {', '.join(f'{k} {v}' for k, v in step.items() if k != 'step')}"
+        for step in adapter.history
+    ]
+    lines += [
+        "",
+        "Every update is the best approximation of the source's update at this rank in the Frobenius norm.",
+        "Kept energy is not task quality: measure on the task.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,223 @@
+"""adapter_config.json: what it means when PEFT reads it, what is refused, and what is written after a squeeze."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_squeeze.errors import LoraSqueezeError
+
+CONFIG_NAME = "adapter_config.json"
+
+_DENSE_WAY_OUT = "export it in PEFT with peft.save_as_lora(folder, model, rank) and squeeze the result"
+# Not save_as_lora: PEFT 0.21.2 takes B @ A for the update of these, without the part that makes them what they are.
+_MERGED_WAY_OUT = "merge it into the base model in PEFT with model.merge_and_unload(), or train a plain LoRA"
+_CONVERTED_WAY_OUT = (
+    "save it in PEFT with save_pretrained(folder, path_initial_model_for_weight_conversion=initial_adapter), "
+    "which makes a plain LoRA of twice the rank, and squeeze that"
+)
+
+# Fields that, when set, make the update something else than scale * B @ A. Field -> (what it is, why, way out).
+_REFUSED_FIELDS = {
+    "use_dora": (
+        "DoRA",
+        "its magnitude vector rescales base weight and update together: a change of full rank that depends on the base",
+        _MERGED_WAY_OUT,
+    ),
+    "use_qalora": ("QALoRA", "its A acts on pooled inputs, so B @ A is not the update", "train a plain LoRA"),
+    "use_bdlora": ("BD-LoRA", "its factors are block-diagonal and a truncation would fill the blocks", _MERGED_WAY_OUT),
+    "kasa_config": ("KaSA", "it puts a diagonal between A and B and changes the base weights", _MERGED_WAY_OUT),
+    "arrow_config": (
+        "Arrow",
+        "it routes between several adapters token by token",
+        "squeeze each expert adapter by itself",
+    ),
+    "monteclora_config": ("MonteCLoRA", "it samples its factors around stored means", _MERGED_WAY_OUT),
+    "velora_config": ("VeLoRA", "it has not been checked how its saved factors relate to the update", _MERGED_WAY_OUT),
+}
+
+# Initialisations that change the base weights: the stored factors are then not the change against the original model.
+_MUTATING_INITS = {
+    "pissa": "PiSSA subtracts the leading singular directions from the base weights",
+    "olora": "OLoRA subtracts an orthonormal factorisation from the base weights",
+    "corda": "CorDA subtracts context-oriented directions from the base weights",
+    "lora_ga": "LoRA-GA subtracts gradient directions from the base weights",
+    "loftq": "LoftQ replaces the base weights by quantised ones fitted together with the adapter",
+}
+_HARMLESS_INITS = {"gaussian", "eva", "orthogonal", "mica", "true", "false"}
+
+# Fields of PEFT 0.21.2 that choose a variant; another one that is set may change what the factors mean.
+_KNOWN_VARIANTS = {
+    "arrow_config",
+    "corda_config",
+    "eva_config",
+    "kasa_config",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "use_rslora",
+    "velora_config",
+    "runtime_config",
+}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration in a folder, checked to be one of a plain LoRA.
+
+    Raises:
+        LoraSqueezeError: missing, not JSON, not a LoRA, or a kind of LoRA that cannot be squeezed soundly.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        text = path.read_bytes().decode("utf-8")
+        config = json.loads(text)
+    except FileNotFoundError:
+        raise LoraSqueezeError(f"{folder}: no {CONFIG_NAME}; is this the folder of a PEFT adapter?") from None
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise LoraSqueezeError(
+            f"{path}: not valid JSON ({error}); restore the file from where the adapter came"
+        ) from None
+    except OSError as error:
+        raise LoraSqueezeError(f"{path}: cannot be read: {error.strerror}") from error
+    if not isinstance(config, dict):
+        raise LoraSqueezeError(f"{path}: expected an object, found {type(config).__name__}")
+    if "fine_tune_type" in config and "peft_type" not in config:
+        raise LoraSqueezeError(f"{path}: this is an mlx-lm adapter, not a PEFT one; mlx-lm adapters are not read yet")
+    try:
+        _check_kind(config)
+        _check_numbers(config)
+    except LoraSqueezeError as error:
+        raise LoraSqueezeError(f"{path}: {error}") from None
+    return config
+
+
+def _check_kind(config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise LoraSqueezeError(
+            f"peft_type is {kind!r}; only LORA adapters are squeezed. For another method with a weight update: "
+            f"{_DENSE_WAY_OUT}"
+        )
+    for field, (name, reason, way_out) in _REFUSED_FIELDS.items():
+        if config.get(field):
+            raise LoraSqueezeError(f"{name} ({field}) cannot be squeezed: {reason}. Way out: {way_out}")
+    init = str(config.get("init_lora_weights", True)).lower()
+    for prefix, reason in _MUTATING_INITS.items():
+        if init.startswith(prefix):
+            way_out = _MERGED_WAY_OUT if prefix == "loftq" else _CONVERTED_WAY_OUT  # PEFT converts all but LoftQ
+            raise LoraSqueezeError(
+                f"init_lora_weights is {init!r}: {reason}, so the stored factors are not the whole change. "
+                f"Way out: {way_out}"
+            )
+    if init not in _HARMLESS_INITS:
+        raise LoraSqueezeError(
+            f"init_lora_weights {init!r} is not known here; if it leaves the base weights as they are, set it to true"
+        )
+    for field, value in config.items():
+        if field not in _KNOWN_VARIANTS and value and (field.startswith("use_") or field.endswith("_config")):
+            raise LoraSqueezeError(
+                f"unknown field {field!r} is set and may change what the factors mean; if it does not, remove it"
+            )
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    if not _is_number(rank) or rank < 1 or rank != int(rank):
+        raise LoraSqueezeError(f"r must be a whole number from 1, found {rank!r}")
+    if not _is_number(alpha):
+        raise LoraSqueezeError(f"lora_alpha must be a finite number, found {alpha!r}")
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(field) or {}
+        if not isinstance(patterns, dict):
+            raise LoraSqueezeError(f"{field} must be an object of pattern and number, found {type(patterns).__name__}")
+        for pattern, value in patterns.items():
+            if not _is_number(value):
+                raise LoraSqueezeError(f"{field}[{pattern!r}] must be a finite number, found {value!r}")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise LoraSqueezeError(f"{field}: {pattern!r} is not a regular expression ({error})") from None
+    for field in ("target_parameters", "modules_to_save"):
+        value = config.get(field) or []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise LoraSqueezeError(f"{field} must be a list of names, found {value!r:.80}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def pattern_value(patterns: Mapping[str, float | int] | None, key: str, default: float | int) -> float | int:
+    """The value of the first pattern that matches the end of a module path, as PEFT looks it up."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", key):
+            return value
+    return default
+
+
+def scale_of(config: Mapping[str, Any], key: str, rank: int) -> float:
+    """lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA, for the module with this path and this actual rank."""
+    alpha = pattern_value(config.get("alpha_pattern"), key, config.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def squeezed_config(
+    config: Mapping[str, Any], ranks: Mapping[str, int], scale: float, dropped: Sequence[str]
+) -> dict[str, Any]:
+    """The configuration for new ranks, such that every reader computes alpha / r = scale for every module.
+
+    r is the largest rank, because a server compares only r with its max_lora_rank; lora_alpha / r is the scale of all
+    modules, because a server such as vLLM uses that one number. Modules of another rank have one entry each in
+    rank_pattern and alpha_pattern, anchored and escaped: PEFT sorts the patterns on saving and takes the first that
+    matches, so patterns must not overlap.
+
+    Args:
+        config: as read.
+        ranks: pattern (a regular expression for the whole module path) -> rank.
+        scale: s of every module.
+        dropped: module paths that have no factors any more; PEFT must not create them, so they are excluded.
+    """
+    top = max(ranks.values())
+    others = {f"^{pattern}": rank for pattern, rank in sorted(ranks.items()) if rank != top}
+    new = dict(config)
+    new.update(
+        r=top,
+        lora_alpha=_plain(scale * top),
+        use_rslora=False,
+        rank_pattern=others,
+        alpha_pattern={pattern: _plain(scale * rank) for pattern, rank in others.items()},
+    )
+    if isinstance(new.get("init_lora_weights"), str):
+        # The factors are in the file. Running the initialisation again on loading would cost time or, for
+        # "orthogonal" with an odd rank, fail.
+        new["init_lora_weights"] = True
+        new.update({key: None for key in ("eva_config", "corda_config", "lora_ga_config") if key in new})
+        if "loftq_config" in new:
+            new["loftq_config"] = {}
+    if dropped:
+        new["exclude_modules"] = _excluded(config.get("exclude_modules"), dropped)
+    return new
+
+
+def _excluded(before: str | Sequence[str] | None, dropped: Iterable[str]) -> str:
+    """One regular expression for PEFT's full match: a list would also exclude equal endings elsewhere in the model."""
+    parts = ["|".join(re.escape(name) for name in dropped)]
+    if isinstance(before, str):
+        parts.insert(0, before)
+    elif before:
+        parts.insert(0, r"(?:.*\.)?(?:" + "|".join(re.escape(name) for name in before) + ")")
+    return "|".join(f"(?:{part})" for part in parts)
+
+
+def _plain(value: float) -> float | int:
+    """The number as an integer where it is one: some readers declare lora_alpha as an integer."""
+    nearest = round(value)
+    return nearest if abs(value - nearest) <= 1e-12 * abs(value) else value

@@ -1,0 +1,303 @@
+"""Post-Squeeze of a whole adapter: choose the ranks, truncate every update, carry the rest."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lora_squeeze.adapter import Adapter, Module, Progress
+from lora_squeeze.decompose import Decomposition, Method, decompose_all
+from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.lowrank import LowRank
+from lora_squeeze.ranks import RULES, Allocation, Limits, Unit, allocation_for, choose, needs_spectra
+
+AlphaPolicy = Literal["keep", "fold"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is known of a module's source update after it was decomposed.
+
+    Args:
+        values: singular values of each copy, descending.
+        total: sum of all squared singular values of all copies.
+        rounding: norm of the error of storing the squeezed factors in their dtype, to first order; None: not known.
+    """
+
+    values: list[list[float]]
+    total: float
+    rounding: float | None = None
+
+    @classmethod
+    def of(cls, found: Decomposition) -> Measurement:
+        """The numbers of a decomposition."""
+        return cls(found.S.reshape(-1, found.S.shape[-1]).tolist(), float(found.total.sum()))
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the source update."""
+        return math.sqrt(self.total)
+
+    def discarded(self, rank: int) -> float:
+        """Frobenius norm of what a truncation to this rank cuts off."""
+        tail = math.fsum(s * s for row in self.values for s in row[rank:])
+        found = tail + math.fsum(s * s for row in self.values for s in row[:rank])
+        unseen = self.total - found  # what a randomised decomposition did not look at
+        return math.sqrt(tail + (unseen if unseen > 1e-12 * self.total else 0.0))
+
+    def energy(self, rank: int) -> float:
+        """Share of the squared singular values kept at this rank; 1 for a zero update."""
+        return 1.0 - self.discarded(rank) ** 2 / self.total if self.total else 1.0
+
+
+def measure(
+    adapter: Adapter, names: Iterable[str] | None = None, progress: Progress | None = None
+) -> dict[str, Measurement]:
+    """Singular values of the updates of these modules (default: all), read batch by batch."""
+    wanted = set(adapter.modules if names is None else names)
+    measured: dict[str, Measurement] = {}
+    done, total = 0, sum(adapter.modules[name].size_bytes for name in wanted)
+    for batch in adapter.batches():
+        batch = [module for module in batch if module.name in wanted]
+        if not batch:
+            continue
+        for module, found in zip(batch, _decomposed(adapter.source.updates(batch)), strict=True):
+            measured[module.name] = Measurement.of(found)
+        done += sum(module.size_bytes for module in batch)
+        if progress:
+            progress(done, total)
+    return measured
+
+
+def squeeze(
+    adapter: Adapter,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    size: int | str | None = None,
+    params: int | None = None,
+    sv_ratio: float | None = None,
+    sv_cumulative: float | None = None,
+    sv_fro: float | None = None,
+    allocate: Allocation | None = None,
+    min_rank: int = 0,
+    max_rank: int | None = None,
+    multiple_of: int = 1,
+    method: Method = "gram",
+    alpha: AlphaPolicy = "keep",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Adapter:
+    """The best approximation of every update at a smaller rank: LoRA-Squeeze after training (Post-Squeeze).
+
+    One of `rank`, `energy`, `error`, `size`, `params` or an `sv_` rule says how small; `lora_squeeze.ranks` defines
+    them. The result is lazy: factors are computed when it is saved or an `update` is read. The rules that depend on
+    the spectrum read the adapter once here and once when it is saved.
+
+    Args:
+        adapter: what to squeeze.
+        rank: one rank for all modules; a module that has less keeps what it has.
+        energy: share of the squared singular values to keep, in (0, 1].
+        error: relative Frobenius error |dW - dW_k| / |dW| allowed, in [0, 1).
+        size: bytes of the weights file, a number or text such as "10MB" (10^6) or "10MiB" (2^20), everything included.
+        params: numbers in the factors.
+        sv_ratio: keep the singular values above the largest divided by this.
+        sv_cumulative: share of the sum of the singular values to keep, in (0, 1].
+        sv_fro: share of the Frobenius norm to keep, in (0, 1]: energy of its square.
+        allocate: "each" module meets the bound, "uniform" one rank for all, "global" one budget over all modules.
+            Default: uniform for rank, global for size and params, else each. "global" with rank: the parameters of that
+            uniform rank, spent where they keep the most energy.
+        min_rank: lower bound of every rank. At 0 a module whose directions are not worth their place may leave.
+        max_rank: upper bound of every rank; alone, it means rank=max_rank.
+        multiple_of: every rank is a multiple of this, or the module's source rank.
+        method: "gram" (exact, default), "qr" (exact), "rsvd" (randomised), "dense" (reference).
+        alpha: "keep" writes the adapter's own alpha / r for every module; "fold" multiplies it into B and writes 1.
+        dtype: dtype of the factors written; default as stored.
+        device: where to compute; default where the tensors are read, the CPU.
+        seed: seed of "rsvd".
+        progress: called with (bytes done, bytes in all) while spectra are measured.
+
+    Returns:
+        A new Adapter; `.report` has the figures, `.save(path)` writes it.
+
+    Raises:
+        LoraSqueezeError: no rule or more than one, a value out of range, an impossible budget, NaN in a factor.
+
+    Notes:
+        Exact in the Frobenius norm (Eckart-Young). Kept energy is not task quality: measure the task. Not for adapters
+        whose base weights were changed at initialisation (PiSSA and others); reading refuses them.
+    """
+    given = dict(
+        rank=rank, energy=energy, error=error, size=size, params=params,
+        sv_ratio=sv_ratio, sv_cumulative=sv_cumulative, sv_fro=sv_fro,
+    )  # fmt: skip
+    rule, value = _the_rule(given, adapter, max_rank, dtype)
+    if alpha not in ("keep", "fold"):
+        raise LoraSqueezeError(f"alpha must be 'keep' or 'fold', got {alpha!r}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise LoraSqueezeError(f"dtype must be a float dtype, got {dtype}")
+    scale = adapter.default_scale if alpha == "keep" and adapter.default_scale > 0 else 1.0
+
+    allocate = allocation_for(rule, allocate)
+    measured = measure(adapter, progress=progress) if needs_spectra(rule, allocate) else {}
+    number = parse_size(value) if rule == "size" else value
+    fixed = adapter.extra_bytes + adapter.format.overhead_bytes(adapter) if rule == "size" else 0
+    groups = _groups(adapter)
+    units = [_unit(group, measured, rule, dtype) for group in groups]
+    chosen = choose(units, rule, number, allocate, Limits(min_rank, max_rank, multiple_of), fixed)
+    if not any(chosen):
+        raise LoraSqueezeError(f"{rule} {value} leaves no module in the adapter; ask for more, or set min_rank 1")
+
+    ranks: dict[str, int] = {}
+    for group, k in zip(groups, chosen, strict=True):
+        useful = max(min(module.out_features, module.in_features) for module in group)  # one rank for a whole group
+        ranks.update({module.name: min(k, useful) for module in group})
+    modules = {
+        name: replace(
+            module,
+            rank=min(ranks[name], module.rank),
+            scale=scale,
+            dtype=dtype or module.dtype,
+        )
+        for name, module in adapter.modules.items()
+        if ranks[name]
+    }
+    extras = {
+        name: extra if extra.module is None else replace(extra, factor=adapter.modules[extra.module].scale / scale)
+        for name, extra in adapter.extras.items()
+    }
+    source = Squeezed(adapter, method, seed, None if device is None else torch.device(device), measured)
+    step = {"step": "post-squeeze", "rule": f"{rule}={value}", "allocate": allocate, "method": method, "alpha": alpha}
+    return replace(
+        adapter,
+        modules=modules,
+        extras=extras,
+        source=source,
+        default_scale=scale,
+        dropped=(*adapter.dropped, *(name for name, k in ranks.items() if not k)),
+        history=(*adapter.history, step),
+    )
+
+
+@dataclass(eq=False)
+class Squeezed:
+    """Source of a squeezed adapter: reads its parent, truncates, and keeps the few numbers that it measured."""
+
+    parent: Adapter
+    method: Method
+    seed: int
+    device: torch.device | None
+    measured: dict[str, Measurement] = field(default_factory=dict)
+
+    def updates(self, modules: Sequence[Module]) -> list[LowRank]:
+        """Read, decompose and truncate these modules."""
+        sources = [self.parent.modules[module.name] for module in modules]
+        updates = self.parent.source.updates(sources)
+        if self.device is not None:
+            updates = [update.to(self.device) for update in updates]
+        ranks = [module.rank for module in modules]
+        found = _decomposed(updates, self.method, ranks, self.seed)
+        return [self._truncated(*three) for three in zip(modules, updates, found, strict=True)]
+
+    def _truncated(self, module: Module, update: LowRank, found: Decomposition) -> LowRank:
+        measurement = Measurement.of(found)
+        if module.rank >= update.rank:
+            result = update.truncate(module.rank, scale=module.scale, dtype=module.dtype)
+        else:
+            exact = module.dtype if module.dtype.itemsize >= 4 else torch.float32
+            B, A = found.factors(min(module.rank, found.S.shape[-1]), module.scale, exact)
+            result = LowRank(B.to(module.dtype), A.to(module.dtype), module.scale)
+            if exact != module.dtype:
+                rounding = _rounding(LowRank(B, A, module.scale), result, found.S[..., : module.rank])
+                measurement = replace(measurement, rounding=rounding)
+        if result.rank < module.rank:  # a small member of a group: filled up to the common rank
+            result = result.rank_up(module.rank, self.seed)
+        if not (result.B.isfinite().all() and result.A.isfinite().all()):
+            raise LoraSqueezeError(
+                f"{module.name}: the squeezed factors do not fit in {module.dtype} (largest singular value "
+                f"{float(found.S.max()):.3g}); ask for dtype float32 or bfloat16"
+            )
+        self.measured[module.name] = measurement
+        return result.to("cpu")
+
+    def extra(self, name: str) -> Tensor:
+        """A carried tensor of the parent."""
+        return self.parent.extra(name)
+
+    def digest(self) -> str | None:
+        """sha256 of the file that all of it comes from."""
+        return self.parent.source.digest()
+
+
+def parse_size(text: float | int | str) -> int:
+    """Bytes in a size such as 5000000, "10MB", "1.5 GiB" or "800k": powers of ten, of two with an i.
+
+    Example:
+        >>> parse_size("10MB"), parse_size("1 KiB")
+        (10000000, 1024)
+    """
+    if not isinstance(text, str) and math.isfinite(text):
+        return int(text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", str(text).lower())
+    if not match:
+        raise LoraSqueezeError(f"size {text!r} is not understood; write bytes or a unit, such as 10MB or 10MiB")
+    number, prefix, binary = match.groups()
+    power = " kmgt".index(prefix or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def _the_rule(
+    given: Mapping[str, Any], adapter: Adapter, max_rank: int | None, dtype: torch.dtype | None
+) -> tuple[str, Any]:
+    asked = {rule: value for rule, value in given.items() if value is not None}
+    if len(asked) > 1:
+        raise LoraSqueezeError(f"give one rule, not {len(asked)}: {', '.join(asked)}")
+    if asked:
+        return next(iter(asked.items()))
+    if max_rank is not None or dtype is not None:
+        return "rank", adapter.rank if max_rank is None else max_rank
+    raise LoraSqueezeError(f"how small? give one of {', '.join(RULES)}")
+
+
+def _groups(adapter: Adapter) -> list[list[Module]]:
+    """Modules that share one rank, in file order of their first member."""
+    key = {name: (1, module.group) if module.group else (0, name) for name, module in adapter.modules.items()}
+    order = {k: i for i, k in reversed(list(enumerate(key.values())))}
+    members = sorted(adapter.modules.values(), key=lambda module: order[key[module.name]])
+    return [list(group) for _, group in groupby(members, key=lambda module: key[module.name])]
+
+
+def _unit(group: list[Module], measured: Mapping[str, Measurement], rule: str, dtype: torch.dtype | None) -> Unit:
+    itemsize = {module.name: (dtype or module.dtype).itemsize if rule == "size" else 1 for module in group}
+    return Unit(
+        name=group[0].name,
+        rank=max(module.rank for module in group),
+        values=[row for module in group if module.name in measured for row in measured[module.name].values],
+        cost=sum(module.parameters_per_rank * itemsize[module.name] for module in group),
+        floor=max(module.floor for module in group),
+        step=max(module.step for module in group),
+    )
+
+
+def _decomposed(
+    updates: Sequence[LowRank], method: Method = "gram", ranks: Sequence[int] | None = None, seed: int = 0
+) -> list[Decomposition]:
+    found = decompose_all([(update.B, update.A) for update in updates], method, ranks=ranks, seed=seed)
+    return [decomposition.scaled(update.scale) for decomposition, update in zip(found, updates, strict=True)]
+
+
+def _rounding(exact: LowRank, stored: LowRank, S: Tensor) -> float:
+    """|dW - dW_stored| to first order: with balanced factors, s * sum_i S_i (|delta b_i|^2 + |delta a_i|^2), rooted."""
+    b = (exact.B - stored.B.to(exact.B)).square().sum(-2).double()
+    a = (exact.A - stored.A.to(exact.A)).square().sum(-1).double()
+    return math.sqrt(max(0.0, exact.scale * float((S * (b + a)).sum())))
