@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def _svd_lowrank_per_shape(plan: Plan, file: File, k: int) -> dict[tuple[int, in
         shape: factors(shape, file.rank, file.dtype, torch.Generator().manual_seed(2)) for shape in file.model.shapes()
     }
     named = {
-        str(shape): Arm(lambda pair=pair: arms.svd_lowrank(*pair, k), plan.slow_repeats, warm_up=False)
+        str(shape): Arm(partial(arms.svd_lowrank, *pair, k), plan.slow_repeats, warm_up=False)
         for shape, pair in pairs.items()
     }
     samples = in_turns(named)

@@ -34,7 +34,8 @@ def _processor() -> str:
         return platform.processor()
     facts = dict(line.split(":", 1) for line in lines if ":" in line)
     facts = {key.strip(): value.strip() for key, value in facts.items()}
-    return f"{facts.get('model name', platform.processor())} (family {facts.get('cpu family')}, model {facts.get('model')})"
+    name = facts.get("model name", platform.processor())
+    return f"{name} (family {facts.get('cpu family')}, model {facts.get('model')})"
 
 
 def _memory_gb() -> float | None:

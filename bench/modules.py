@@ -17,9 +17,7 @@ SHAPES: tuple[Shape, ...] = ((4096, 4096), (14336, 4096), (1024, 4096))
 
 def measure_modules(plan: Plan) -> list[dict[str, Any]]:
     """One row per shape, rank and dtype: samples of every arm, and the distance of its result from the exact one."""
-    return [
-        _case(plan, shape, rank, dtype) for rank in plan.ranks for dtype in plan.module_dtypes for shape in SHAPES
-    ]
+    return [_case(plan, shape, rank, dtype) for rank in plan.ranks for dtype in plan.module_dtypes for shape in SHAPES]
 
 
 def _case(plan: Plan, shape: Shape, rank: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -29,6 +27,7 @@ def _case(plan: Plan, shape: Shape, rank: int, dtype: torch.dtype) -> dict[str, 
     compared = {
         "ours": Arm(lambda: update.truncate(k), plan.module_repeats),
         "floor float64": Arm(lambda: arms.floor(B, A, P, torch.float64), plan.module_repeats),
+        "floor float64 syrk": Arm(lambda: arms.floor_syrk(B, A, P), plan.module_repeats),
         "floor float32": Arm(lambda: arms.floor(B, A, P, torch.float32), plan.module_repeats),
         "qr float64": Arm(lambda: arms.qr(B, A, k, torch.float64), plan.module_repeats),
         "qr float32": Arm(lambda: arms.qr(B, A, k, torch.float32), plan.module_repeats),

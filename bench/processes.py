@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -76,9 +77,15 @@ def measure_start_up(plan: Plan) -> dict[str, Any]:
     found = {name: Samples() for name in commands}
     for turn in range(plan.start_ups + 1):
         for name, command in commands.items():
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), _children_cpu()
             subprocess.run(command, capture_output=True, check=True)
             if turn:  # the first reads from disk
                 found[name].wall.append(time.perf_counter() - start)
-                found[name].cpu.append(0.0)
-    return {name: {"median": s.seconds, "quartiles": s.quartiles, "wall": s.wall} for name, s in found.items()}
+                found[name].cpu.append(_children_cpu() - cpu)
+    return {name: samples.to_json() for name, samples in found.items()}
+
+
+def _children_cpu() -> float:
+    """Seconds of processor time of all ended child processes."""
+    times = os.times()
+    return times.children_user + times.children_system

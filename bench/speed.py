@@ -1,4 +1,4 @@
-"""Speed, accuracy, memory and start-up of lora_squeeze: `python -m bench.speed [--quick | --full] [--json FILE]`.
+"""Speed, accuracy, memory and start-up of lora_squeeze: `python -m bench.speed [--quick | --full]`.
 
 Compared with what else there is (see bench/arms.py), in one run and in turns, one thread per process. `--quick` takes
 about two minutes, the default less than fifteen, `--full` is what records/ holds.
@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +31,55 @@ SECTIONS = ("modules", "files", "accuracy", "memory", "start_up")
 
 
 def main() -> None:
-    """Measure, print the tables, write the JSON."""
+    """Measure, print the tables, keep them if asked."""
     arguments = _arguments()
     plan: Plan = plans.quick() if arguments.quick else plans.full() if arguments.full else plans.medium()
     torch.set_num_threads(1)
-    begun = time.perf_counter()
-    result: dict[str, Any] = {"plan": plan.name, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
-    print(f"# Speed ({plan.name})\n\n" + "\n".join(f"- {k}: {v}" for k, v in result["machine"].items()), flush=True)
+    log: list[str] = []
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        log.append(text)
+
     with tempfile.TemporaryDirectory(prefix="lora-squeeze-bench-", dir=arguments.folder) as scratch:
         _check_space(plan, Path(scratch))
+        result = _run(plan, arguments.only or SECTIONS, Path(scratch), say)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.record:
+        _record(arguments.record, result, log)
 
-        def tell(what: str) -> None:
-            print(f"[{time.perf_counter() - begun:6.0f} s] {what}", flush=True)
 
-        for section in arguments.only or SECTIONS:
-            tell(f"measuring {section}")
-            result[section], text = _measure(section, plan, Path(scratch), tell)
-            print(f"\n## {section}\n\n{text}\n", flush=True)
+def _run(plan: Plan, sections: Sequence[str], scratch: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """All figures of these sections and the verdicts, told as they come."""
+    begun = time.perf_counter()
+
+    def tell(what: str) -> None:
+        say(f"[{time.perf_counter() - begun:6.0f} s] {what}")
+
+    result: dict[str, Any] = {"plan": plan.name, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
+    say(
+        f"# Speed ({plan.name})\n\n" + "\n".join(f"- {key}: {value}" for key, value in result["machine"].items()) + "\n"
+    )
+    for section in sections:
+        tell(f"measuring {section}")
+        result[section], text = _measure(section, plan, scratch, tell)
+        say(f"\n## {section}\n\n{text}\n")
     targets = judge(result)
     result["targets"] = [target.to_json() for target in targets]
     result["seconds"] = time.perf_counter() - begun
-    print(f"## targets\n\n{tables.targets_table(targets)}\n\n{result['seconds']:.0f} s in all")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    say(f"## targets\n\n{tables.targets_table(targets)}\n\n{result['seconds']:.0f} s in all")
+    return result
+
+
+def _record(folder: Path, result: dict[str, Any], log: Sequence[str]) -> None:
+    """Keep figures, tables and the scripts as they were run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "log.txt").write_text("\n".join(log) + "\n")
+    shutil.copytree(
+        Path(__file__).parent, folder / "bench", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+    )
 
 
 def _measure(section: str, plan: Plan, scratch: Path, tell: Callable[[str], None]) -> tuple[Any, str]:
@@ -82,6 +108,9 @@ def _arguments() -> argparse.Namespace:
     effort.add_argument("--full", action="store_true", help="every case, many repeats: about half an hour")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="sections to measure; default all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples and verdicts")
+    parser.add_argument(
+        "--record", type=Path, metavar="FOLDER", help="keep result.json, log.txt and these scripts there"
+    )
     parser.add_argument("--folder", type=Path, help="where the adapters are made for the time of the run")
     return parser.parse_args()
 

@@ -1,10 +1,10 @@
-"""Synthetic adapters with the module shapes of real models and a spectrum like a trained adapter's, written as PEFT folders.
+"""Synthetic adapters, written as PEFT folders: the module shapes of real models, a spectrum like a trained adapter's.
 
 How the factors of a module are made, with generator seed, rank r, B (out, r) and A (r, in):
 
     A = U + N/10    U uniform in +-1/sqrt(in), as Kaiming-initialised LoRA starts; N normal with U's deviation: training
                     moves A a little
-    B = N d R / 100 N standard normal (out, r), d_j = 10^(-2 j / (r - 1)) for j = 0 ... r - 1, R a random rotation (r, r):
+    B = N d R / 100 N standard normal (out, r), d_j = 10^(-2 j / (r - 1)) for j = 0 ... r - 1, R a random rotation:
                     singular values fall by two decades, and every column of B takes part in every direction
 
 The rotation keeps the columns of B from being orthogonal, which would make the problem easier than it is.
@@ -63,7 +63,7 @@ def llama_8b(layers: int = 32) -> Model:
 
 
 def flux() -> Model:
-    """A diffusion transformer of the size of FLUX.1: 19 double and 38 single blocks, attention, feed-forward, modulation."""
+    """A diffusion transformer of the size of FLUX.1: 19 double and 38 single blocks, all linear layers."""
     d, h = 3072, 12288
     attention = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out")
     double: dict[str, Shape] = {f"attn.{name}": (d, d) for name in attention}

@@ -10,6 +10,7 @@ from bench.targets import Target, case_name, ratio
 LETTER = {
     "ours": "ours",
     "floor float64": "(d) floor",
+    "floor float64 syrk": "floor, syrk",
     "floor float32": "floor, f32 Gram",
     "qr float64": "(c) QR f64",
     "qr float32": "QR f32",
@@ -89,10 +90,7 @@ def files_tables(rows: list[dict[str, Any]]) -> str:
 def accuracy_table(rows: list[dict[str, Any]]) -> str:
     """Largest relative error of a singular value."""
     names = ["ours", "qr float32", "qr float64"]
-    body = [
-        [row["case"], f"{row['smallest_to_largest']:.0e}", *(_small(row["error"][name]) for name in names)]
-        for row in rows
-    ]
+    body = [[row["case"], f"1e-{row['decades']}", *(_small(row["error"][name]) for name in names)] for row in rows]
     return "\n\n".join(
         [
             "Singular values of float32 factors, 1024x1024, r = 64, against the float64 SVD of the product: largest "
@@ -125,8 +123,8 @@ def memory_table(found: dict[str, Any]) -> str:
 
 def start_table(found: dict[str, Any]) -> str:
     """Seconds of start-up."""
-    rows = [[name, f"{v['median']:.3f} ({v['quartiles'][0]:.3f}-{v['quartiles'][1]:.3f})"] for name, v in found.items()]
-    return table(["command", "seconds"], rows)
+    rows = [[name, _spread(v, 1), f"{v['cpu_median']:.2f}"] for name, v in found.items()]
+    return table(["command", "seconds, median (quartiles)", "CPU"], rows)
 
 
 def targets_table(targets: list[Target]) -> str:

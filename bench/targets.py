@@ -65,12 +65,10 @@ def judge(result: dict[str, Any]) -> list[Target]:
         return {case_name(row): x for row in rows if (x := ratio(row, arm)) is not None}
 
     def rsvd(rows: list[dict[str, Any]]) -> dict[str, float]:
-        return {
-            case_name(row): row["svd_lowrank_extrapolated_seconds"] / row["arms"]["ours"]["median"] for row in rows
-        }
+        return {case_name(row): row["svd_lowrank_extrapolated_seconds"] / row["arms"]["ours"]["median"] for row in rows}
 
     floor = {case_name(row): 1 / x for row in files if (x := ratio(row, "floor float64"))}
-    errors = {row["case"]: row["error"]["ours"] for row in result.get("accuracy", [])}
+    errors = {f"{row['case']}, 1e-{row['decades']}": row["error"]["ours"] for row in result.get("accuracy", [])}
     peaks = {f"{row['bytes'] / 1e9:.2f} GB {row['rule']}": row["above_torch_mb"] for row in _rows(result, "memory")}
     start = {k: v["median"] for k, v in result.get("start_up", {}).items() if "help" in k}
     return [
@@ -80,9 +78,15 @@ def judge(result: dict[str, Any]) -> list[Target]:
         _worst("module, any: times faster than (c)", 1, True, against(modules, "qr float64")),
         _worst("whole file, rank 64: times faster than (b) svd_lowrank", 20, True, rsvd(at_rank(files, 64))),
         _worst("whole file, rank 256: times faster than (b)", 8, True, rsvd(at_rank(files, 256))),
-        _worst("module 4096x4096, rank 64: times faster than (b)", 20, True, against(at_rank(square, 64), "svd_lowrank")),
-        _worst("module 4096x4096, rank 256: times faster than (b)", 8, True, against(at_rank(square, 256), "svd_lowrank")),
-        _worst("module 4096x4096, rank 64: times faster than (a) PEFT", 1000, True, against(at_rank(square, 64), "peft")),
+        _worst(
+            "module 4096x4096, rank 64: times faster than (b)", 20, True, against(at_rank(square, 64), "svd_lowrank")
+        ),
+        _worst(
+            "module 4096x4096, rank 256: times faster than (b)", 8, True, against(at_rank(square, 256), "svd_lowrank")
+        ),
+        _worst(
+            "module 4096x4096, rank 64: times faster than (a) PEFT", 1000, True, against(at_rank(square, 64), "peft")
+        ),
         _worst("module 4096x4096, rank 256: times faster than (a)", 1000, True, against(at_rank(square, 256), "peft")),
         _worst("singular values: largest relative error", 1e-6, False, errors),
         _worst("peak memory above import torch, MB", 400, False, peaks),

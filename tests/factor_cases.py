@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_squeeze.lowrank import LowRank
 
-quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 ABSOLUTE = 1e-14  # what float64 leaves of a product of factors whose largest entries are 1
 EXACT = ("gram", "qr", "dense")
 SPECTRA = ("flat", "decaying", "steps", "duplicates", "zero")
@@ -89,12 +89,9 @@ def updates(draw: st.DrawFn) -> LowRank:
     kind = draw(st.sampled_from(SPECTRA))
     dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]))
     low, high = small_magnitude(dtype)
-    b, a, scale = draw(
-        st.sampled_from(
-            [(1, 1, 1.0), (1, 1, -2.0), (1, 1, 0.0), (1, 1, 1e-20), (1, 1, 1e20), (1, 1, -1e-3)]
-            + [(low, low, 0.5), (high, high, -0.5), (low, high, 2.0), (high, low, 1.0)]
-        )
-    )
+    moderate = [(1, 1, scale) for scale in (1.0, -2.0, 0.0, 1e-20, 1e20, -1e-3)]
+    extreme = [(low, low, 0.5), (high, high, -0.5), (low, high, 2.0), (high, low, 1.0)]
+    b, a, scale = draw(st.sampled_from([*moderate, *extreme]))
     condition = draw(st.sampled_from([1.0, 10.0, 1e4, 1e8] if dtype == torch.float64 else [1.0, 10.0]))
     count = torch.Size(batch).numel()
     pairs = [factors(out, inp, r, kind, condition=condition, seed=draw(st.integers(0, 99))) for _ in range(count)]

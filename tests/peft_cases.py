@@ -35,6 +35,13 @@ def tokens() -> Tensor:
     return torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(3))
 
 
+def invocation() -> Tensor:
+    """Token 9 in every row: from there on an activated LoRA takes part."""
+    ids = tokens()
+    ids[:, 2] = 9
+    return ids
+
+
 def numbers(*shape: int) -> Callable[[], Tensor]:
     return lambda: torch.randn(shape, generator=torch.Generator().manual_seed(3))
 
@@ -228,9 +235,32 @@ LAYERS: dict[str, Case] = {
         plain=False,
         target_modules=["attention", "head"],
     ),
+    "attention module with biases": _tensor(
+        Attention,
+        (2, 5, 16),
+        plain=False,
+        bias="all",
+        target_modules=["attention", "head"],
+        rank_pattern={"attention": 6},
+        alpha_pattern={"attention": 30},
+    ),
     "experts": Case(qwen_moe, dict(r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=_EXPERTS), tokens),
     "transposed experts": Case(
         gpt_oss, dict(r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=_EXPERTS), tokens
+    ),
+    "experts by bare names": Case(
+        # What PEFT writes for adapters of the time when experts were lists of linear layers.
+        qwen_moe,
+        dict(r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"]),
+        tokens,
+    ),
+    "experts beside an expression": Case(
+        qwen_moe, dict(r=4, lora_alpha=6, target_modules=r".*\.[qk]_proj", target_parameters=["down_proj"]), tokens
+    ),
+    "router and experts": Case(
+        qwen_moe,
+        dict(r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=["mlp.gate.weight", *_EXPERTS]),
+        tokens,
     ),
     "one parameter of experts": Case(
         qwen_moe, dict(r=4, lora_alpha=6, target_modules=[], target_parameters=_EXPERTS[1:]), tokens
@@ -257,6 +287,7 @@ SETTINGS: dict[str, Case] = {
     "bias all": _llama(biased_llama, bias="all", plain=False),
     "bias lora_only": _llama(biased_llama, bias="lora_only", plain=False),
     "head to save": _llama(classifier, task_type="SEQ_CLS", plain=False),
+    "modules to save": _llama(modules_to_save=["embed_tokens", "lm_head", "norm"], plain=False),
     "trained tokens": _llama(trainable_token_indices=[4, 9, 17], plain=False),
     "trained tokens of tied embeddings": _llama(
         tied_llama, trainable_token_indices={"embed_tokens": [5, 6]}, ensure_weight_tying=True, plain=False
@@ -272,6 +303,13 @@ SETTINGS: dict[str, Case] = {
     "excluded list": _llama(target_modules="all-linear", exclude_modules=["k_proj", "layers.1.mlp.up_proj"]),
     "excluded expression": _llama(exclude_modules=r".*layers\.1\.self_attn\.(k|v)_proj|nothing"),
     "some layers": _llama(layers_to_transform=[1]),
+    "some layers by pattern": _llama(layers_to_transform=[0], layers_pattern="layers"),
+    "activated": Case(
+        llama,
+        dict(r=8, lora_alpha=12, target_modules=_ATTENTION, task_type="CAUSAL_LM", alora_invocation_tokens=[9]),
+        invocation, 3, plain=False,
+    ),
+    "mica": _llama(init_lora_weights="mica"),
     "gaussian": _llama(init_lora_weights="gaussian"),
     "orthogonal": _llama(init_lora_weights="orthogonal"),
     "eva": _llama(init_lora_weights="eva"),

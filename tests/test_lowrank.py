@@ -101,7 +101,7 @@ def test_a_zero_update_stays_zero_and_can_learn(method: str, zero: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_directions_without_energy_are_revived(method: str) -> None:
-    """A rank-3 update at rank 6: three columns of B' are zero, their rows of A' have the median length of the others."""
+    """A rank-3 update at rank 6: three columns of B' are zero, their rows of A' as long as the others are."""
     B, A = factors(12, 10, 3, "steps")
     given = LowRank(torch.cat([B, B, B], -1), torch.cat([A, A, A], -2), 1.5)
     result = given.truncate(6, method)

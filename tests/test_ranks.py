@@ -226,6 +226,12 @@ def test_any_budget_is_kept_and_missed_by_less_than_one_direction(plan: Plan, bu
     assert best <= (energy(units, ranks) + missed) * SLACK
 
 
+def test_what_is_left_goes_to_cheaper_directions() -> None:
+    """The second direction of `dear` does not fit; the ones of `cheap` come after it in the order, and do."""
+    units = [Unit("dear", 2, [[10.0, 9.0]], 10), Unit("cheap", 4, [[1.0, 1.0, 1.0, 1.0]], 2)]
+    assert pick(units, "params", 15) == [1, 2]
+
+
 @quick
 @given(some_units(free=True), st.integers(1, 6))
 def test_a_rank_spent_globally_costs_no_more_and_keeps_no_less(plan: Plan, rank: int) -> None:

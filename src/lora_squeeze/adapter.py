@@ -108,8 +108,8 @@ class Source(Protocol):
     def updates(self, modules: Sequence[Module]) -> list[LowRank]:
         """The updates of these modules, in order."""
 
-    def extra(self, name: str) -> Tensor:
-        """One carried tensor, as stored."""
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The numbers of one carried tensor in order, as flat tensors of bounded size."""
 
     def digest(self) -> str | None:
         """sha256 of the file that this comes from, None if it does not come from a file."""
@@ -195,8 +195,13 @@ class Adapter:
     def extra(self, name: str) -> Tensor:
         """One carried tensor."""
         extra = self.extras[name]
-        tensor = self.source.extra(name)
-        return tensor if extra.factor == 1.0 else (tensor.double() * extra.factor).to(tensor.dtype)
+        return torch.cat([torch.empty(0, dtype=extra.dtype), *self.pieces(name)]).reshape(extra.shape)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The numbers of one carried tensor in order, as flat tensors of bounded size: embeddings can be gigabytes."""
+        factor = self.extras[name].factor
+        for piece in self.source.pieces(name):
+            yield piece if factor == 1.0 else (piece.double() * factor).to(piece.dtype)
 
     def batches(self) -> Iterator[list[Module]]:
         """The modules in file order, in lists of about BATCH_BYTES."""

@@ -42,7 +42,7 @@ def load(
     """
     path = Path(adapter).expanduser()
     if not path.exists():
-        if not _HUB_ID.match(str(adapter)) or path.is_symlink():
+        if not _HUB_ID.fullmatch(str(adapter)) or path.is_symlink():
             raise LoraSqueezeError(f"{adapter}: no such folder, and not the form of a hub id (user/name)")
         path = _download(str(adapter), subfolder, revision, token, cache_dir)
     elif path.name in (peft.WEIGHTS_NAME, peft.PICKLE_NAME, peft.CONFIG_NAME):
@@ -90,5 +90,5 @@ def _download(
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise LoraSqueezeError(
             f"{repository}: no such folder here, and the hub did not give it "
-            f"({str(error).strip().splitlines()[0]:.160})"
+            f"({(str(error).strip().splitlines() or [type(error).__name__])[0]:.160})"
         ) from error

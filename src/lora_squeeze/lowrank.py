@@ -169,7 +169,8 @@ class LowRank:
         """Frobenius norm of dW, float64: the root of the sum of S_i^2."""
         S = self.singular_values("qr")
         largest = torch.where(S[..., :1] > 0, S[..., :1], 1.0)  # squares of very large or small ones leave float64
-        return largest[..., 0] * (S / largest).norm(dim=-1)
+        norm: Tensor = largest[..., 0] * torch.linalg.vector_norm(S / largest, dim=-1)
+        return norm
 
     def distance(self, other: LowRank) -> Float[Tensor, "*batch"]:
         """Frobenius norm of the difference of two updates, exact to about 1e-15 of the larger one."""

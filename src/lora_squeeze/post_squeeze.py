@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_squeeze.adapter import Adapter, Module, Progress
-from lora_squeeze.decompose import Decomposition, Method, decompose_all
+from lora_squeeze.decompose import METHODS, Decomposition, Method, decompose_all
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.lowrank import LowRank
 from lora_squeeze.ranks import RULES, Allocation, Limits, Unit, allocation_for, choose, needs_spectra
@@ -29,11 +29,13 @@ class Measurement:
         values: singular values of each copy, descending.
         total: sum of all squared singular values of all copies.
         rounding: norm of the error of storing the squeezed factors in their dtype, to first order; None: not known.
+        cut: Frobenius norm of what a randomised truncation has cut off; None: what the singular values say.
     """
 
     values: list[list[float]]
     total: float
     rounding: float | None = None
+    cut: float | None = None
 
     @classmethod
     def of(cls, found: Decomposition) -> Measurement:
@@ -46,7 +48,9 @@ class Measurement:
         return math.sqrt(self.total)
 
     def discarded(self, rank: int) -> float:
-        """Frobenius norm of what a truncation to this rank cuts off."""
+        """Frobenius norm of what the truncation to this rank cuts off."""
+        if self.cut is not None:
+            return self.cut
         tail = math.fsum(s * s for row in self.values for s in row[rank:])
         found = tail + math.fsum(s * s for row in self.values for s in row[:rank])
         unseen = self.total - found  # what a randomised decomposition did not look at
@@ -68,7 +72,7 @@ def measure(
         batch = [module for module in batch if module.name in wanted]
         if not batch:
             continue
-        for module, found in zip(batch, _decomposed(adapter.source.updates(batch)), strict=True):
+        for module, found in zip(batch, _decomposed(batch, adapter.source.updates(batch)), strict=True):
             measured[module.name] = Measurement.of(found)
         done += sum(module.size_bytes for module in batch)
         if progress:
@@ -146,12 +150,18 @@ def squeeze(
         raise LoraSqueezeError(f"alpha must be 'keep' or 'fold', got {alpha!r}")
     if dtype is not None and not dtype.is_floating_point:
         raise LoraSqueezeError(f"dtype must be a float dtype, got {dtype}")
+    if method not in METHODS:
+        raise LoraSqueezeError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     scale = adapter.default_scale if alpha == "keep" and adapter.default_scale > 0 else 1.0
 
     allocate = allocation_for(rule, allocate)
     measured = measure(adapter, progress=progress) if needs_spectra(rule, allocate) else {}
     number = parse_size(value) if rule == "size" else value
-    fixed = adapter.extra_bytes + adapter.format.overhead_bytes(adapter) if rule == "size" else 0
+    step = {"step": "post-squeeze", "rule": f"{rule}={value}", "allocate": allocate, "method": method, "alpha": alpha}
+    history = (*adapter.history, step)
+    fixed = 0
+    if rule == "size":
+        fixed = adapter.extra_bytes + adapter.format.overhead_bytes(replace(adapter, history=history))
     groups = _groups(adapter)
     units = [_unit(group, measured, rule, dtype) for group in groups]
     chosen = choose(units, rule, number, allocate, Limits(min_rank, max_rank, multiple_of), fixed)
@@ -165,7 +175,7 @@ def squeeze(
     modules = {
         name: replace(
             module,
-            rank=min(ranks[name], module.rank),
+            rank=ranks[name],
             scale=scale,
             dtype=dtype or module.dtype,
         )
@@ -176,8 +186,7 @@ def squeeze(
         name: extra if extra.module is None else replace(extra, factor=adapter.modules[extra.module].scale / scale)
         for name, extra in adapter.extras.items()
     }
-    source = Squeezed(adapter, method, seed, None if device is None else torch.device(device), measured)
-    step = {"step": "post-squeeze", "rule": f"{rule}={value}", "allocate": allocate, "method": method, "alpha": alpha}
+    source = Squeezed(adapter, method, seed, _usable(device), measured)
     return replace(
         adapter,
         modules=modules,
@@ -185,7 +194,7 @@ def squeeze(
         source=source,
         default_scale=scale,
         dropped=(*adapter.dropped, *(name for name, k in ranks.items() if not k)),
-        history=(*adapter.history, step),
+        history=history,
     )
 
 
@@ -206,7 +215,7 @@ class Squeezed:
         if self.device is not None:
             updates = [update.to(self.device) for update in updates]
         ranks = [module.rank for module in modules]
-        found = _decomposed(updates, self.method, ranks, self.seed)
+        found = _decomposed(modules, updates, self.method, ranks, self.seed)
         return [self._truncated(*three) for three in zip(modules, updates, found, strict=True)]
 
     def _truncated(self, module: Module, update: LowRank, found: Decomposition) -> LowRank:
@@ -220,7 +229,7 @@ class Squeezed:
             if exact != module.dtype:
                 rounding = _rounding(LowRank(B, A, module.scale), result, found.S[..., : module.rank])
                 measurement = replace(measurement, rounding=rounding)
-        if result.rank < module.rank:  # a small member of a group: filled up to the common rank
+        if result.rank < module.rank:  # a member of a group with less: filled up to the common rank
             result = result.rank_up(module.rank, self.seed)
         if not (result.B.isfinite().all() and result.A.isfinite().all()):
             raise LoraSqueezeError(
@@ -230,9 +239,9 @@ class Squeezed:
         self.measured[module.name] = measurement
         return result.to("cpu")
 
-    def extra(self, name: str) -> Tensor:
+    def pieces(self, name: str) -> Iterator[Tensor]:
         """A carried tensor of the parent."""
-        return self.parent.extra(name)
+        return self.parent.pieces(name)
 
     def digest(self) -> str | None:
         """sha256 of the file that all of it comes from."""
@@ -269,6 +278,16 @@ def _the_rule(
     raise LoraSqueezeError(f"how small? give one of {', '.join(RULES)}")
 
 
+def _usable(device: torch.device | str | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise LoraSqueezeError(f"device {str(device)!r} cannot be used here ({reason:.120})") from error
+
+
 def _groups(adapter: Adapter) -> list[list[Module]]:
     """Modules that share one rank, in file order of their first member."""
     key = {name: (1, module.group) if module.group else (0, name) for name, module in adapter.modules.items()}
@@ -290,10 +309,27 @@ def _unit(group: list[Module], measured: Mapping[str, Measurement], rule: str, d
 
 
 def _decomposed(
-    updates: Sequence[LowRank], method: Method = "gram", ranks: Sequence[int] | None = None, seed: int = 0
+    modules: Sequence[Module],
+    updates: Sequence[LowRank],
+    method: Method = "gram",
+    ranks: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> list[Decomposition]:
-    found = decompose_all([(update.B, update.A) for update in updates], method, ranks=ranks, seed=seed)
+    try:
+        found = decompose_all([(update.B, update.A) for update in updates], method, ranks=ranks, seed=seed)
+    except LoraSqueezeError:
+        for module, update in zip(modules, updates, strict=True):
+            _find_fault(module, update)
+        raise
     return [decomposition.scaled(update.scale) for decomposition, update in zip(found, updates, strict=True)]
+
+
+def _find_fault(module: Module, update: LowRank) -> None:
+    """Name the module whose factors cannot be decomposed."""
+    try:
+        update.decompose("qr")
+    except LoraSqueezeError as error:
+        raise LoraSqueezeError(f"{module.name}: {error}") from None
 
 
 def _rounding(exact: LowRank, stored: LowRank, S: Tensor) -> float:

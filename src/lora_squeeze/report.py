@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lora_squeeze.adapter import Adapter, Progress
+from lora_squeeze.adapter import Adapter, Module, Progress
 from lora_squeeze.post_squeeze import Measurement, Squeezed, measure
 from lora_squeeze.ranks import shortest_head
 
@@ -126,9 +126,12 @@ def report(adapter: Adapter, progress: Progress | None = None) -> Report:
     source = adapter.source
     if isinstance(source, Squeezed):
         before, measured = source.parent, source.measured
-        missing = [name for name in before.modules if name not in measured]
-        if missing:
-            measured.update(measure(before, missing, progress))
+        missing = [name for name, module in before.modules.items() if not _whole(module, measured.get(name))]
+        for name, found in measure(before, missing, progress).items() if missing else ():
+            if name in measured:  # by a randomised method, which has seen the first singular values only
+                cut = measured[name].discarded(adapter.modules[name].rank)
+                found = replace(found, rounding=measured[name].rounding, cut=cut)
+            measured[name] = found
     else:
         before, measured = adapter, measure(adapter, progress=progress)
     extra_bytes: dict[str, int] = {}
@@ -145,6 +148,11 @@ def report(adapter: Adapter, progress: Progress | None = None) -> Report:
         causes=causes,
         notes=list(adapter.notes),
     )
+
+
+def _whole(module: Module, found: Measurement | None) -> bool:
+    """Whether all singular values are known."""
+    return found is not None and len(found.values[0]) == min(module.rank, module.out_features, module.in_features)
 
 
 def inspect(adapter: Adapter, progress: Progress | None = None) -> Report:

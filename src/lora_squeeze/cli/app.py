@@ -45,14 +45,20 @@ Each = Annotated[bool, typer.Option("--each", help="One line per module instead 
 def main() -> None:
     """Run the command line; refused requests become one line on standard error and exit code 1."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here a closed pipe can be answered, at the interpreter's end it cannot
     except LoraSqueezeError as error:
         print(f"lora-squeeze: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("lora-squeeze: interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except (BrokenPipeError, SystemExit) as stop:
+        if not isinstance(stop, BrokenPipeError) and not isinstance(stop.__context__, BrokenPipeError):
+            raise
+        # The reader of a pipe has seen enough; the command's framework may have turned that into exit code 1.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 
@@ -116,9 +122,7 @@ def squeeze(
         written = None if dry_run or output is None else str(output)
         print(json.dumps({**report.to_json(), "rank": result.rank, "output": written}))
         return
-    from rich.console import Console
-
-    console = Console()
+    console = show.console()
     console.print(show.squeeze_table(report, each))
     for line in (*show.bytes_lines(report, after=True), *report.notes):
         console.print(line, markup=False, highlight=False)
@@ -143,9 +147,7 @@ def inspect(
     if as_json:
         print(json.dumps({**report.to_json(), "rank": source.rank}))
         return
-    from rich.console import Console
-
-    console = Console()
+    console = show.console()
     console.print(show.inspect_table(report, each))
     lines = (
         *show.bytes_lines(report, after=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,11 @@ def size(size_bytes: float) -> str:
             return f"{size_bytes:.4g} {unit}"
         size_bytes /= 1000
     return f"{size_bytes:.4g} GB"
+
+
+def console() -> Console:
+    """Standard output; in a file or a pipe, lines are as long as they are, so that names can be searched for."""
+    return Console(width=None if sys.stdout.isatty() else 10_000)
 
 
 @contextmanager

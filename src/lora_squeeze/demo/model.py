@@ -148,7 +148,9 @@ def _from_hub(say: Any) -> ModelFolder | None:
         # One request without retries, so that a machine without network does not wait for a minute.
         HfApi().model_info(MODEL_ID, timeout=_SECONDS)
     except HfHubHTTPError as error:
-        raise LoraSqueezeError(f"the hub refuses {MODEL_ID}: {error}; or {_wheel_advice()}") from error
+        raise LoraSqueezeError(
+            f"the hub refuses {MODEL_ID}: {str(error).splitlines()[0]}; {_wheel_advice()}"
+        ) from error
     except Exception:  # which class stands for "no answer" depends on the HTTP library of the installed hub client
         return None
     say(f"Downloading {MODEL_ID}, 270 MB")

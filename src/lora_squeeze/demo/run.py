@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lora_squeeze.demo.settings import FULL, QUICK, Settings, choose_device, cho
 from lora_squeeze.demo.source import SOURCE, WEIGHTS, check_output, is_trained, save_source
 from lora_squeeze.demo.task import Batch, batches, read_words, split_words, take
 from lora_squeeze.demo.train import attach_lora, train
+from lora_squeeze.errors import LoraSqueezeError
 
 RANKS = (32, 16, 8, 4, 2, 1)
 _MEASURED_AT_ONCE = 60
@@ -57,7 +59,8 @@ def run_demo(
         The figures; they are printed and written as well.
 
     Raises:
-        LoraSqueezeError: the folder holds something else, there is no model or no dictionary, or the device is missing.
+        LoraSqueezeError: an argument is out of range, the folder holds something else, there is no model or no
+            dictionary, a package or the device is missing.
 
     Notes:
         Under six minutes on two processor cores with float32 products, less where the hardware has bfloat16.
@@ -68,16 +71,19 @@ def run_demo(
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     budget = QUICK if quick else FULL
     seconds: dict[str, float] = {}
+    steps = budget.steps if steps is None else steps
+    count = budget.held_out if held_out is None else held_out
+    _check_request(steps, count, ranks)
     check_output(output, force)
     here = choose_device(device)
     precision = choose_precision(here)
     with _timed(seconds, "load"):
         training, held = split_words(read_words(), seed)
         found = find_model(say)
-        settings = Settings(found.origin, seed, budget.steps if steps is None else steps, precision=precision)
+        settings = Settings(found.origin, seed, steps, precision=precision)
         reused = is_trained(output, settings, force)
         model, tokenizer = load_model(found, here)
-    say(f"{found.origin}; {here}, {precision}, {settings.steps} steps of {settings.batch} words")
+    say(f"{found.origin}; {here}, {precision}, {settings.steps} steps of {settings.batch} words: {training[0].example}")
     with quiet_libraries(), _bars(console) as bar:
         if reused:
             say(f"The trained adapter in {output / SOURCE} is used again.")
@@ -88,7 +94,6 @@ def run_demo(
         with _timed(seconds, "squeeze"):
             adapters = [_Measured("source", settings.rank, 1.0, output / SOURCE), *_squeeze(output, ranks)]
         with _timed(seconds, "measure"):
-            count = budget.held_out if held_out is None else held_out
             words = list(batches(take(held, tokenizer, count), min(count, _MEASURED_AT_ONCE)))
             rows = _measure(model, adapters, words, here, precision, bar)
     result = DemoResult(rows[0], rows[1], tuple(rows[2:]), settings, count, reused, seconds, output)
@@ -106,6 +111,17 @@ class _Measured:
     rank: int
     energy: float | None
     folder: Path | None
+
+
+def _check_request(steps: int, held_out: int, ranks: Sequence[int]) -> None:
+    """Refuse at once what would fail after minutes of training."""
+    missing = [name for name in ("transformers", "peft", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise LoraSqueezeError(f"the demo needs {' and '.join(missing)}: pip install 'lora-squeeze[demo]'")
+    if steps < 1 or held_out < 1:
+        raise LoraSqueezeError(f"the demo needs at least one step and one word, got {steps} and {held_out}")
+    if not ranks or min(ranks) < 1 or max(ranks) > Settings.rank:
+        raise LoraSqueezeError(f"ranks of the demo lie between 1 and {Settings.rank}, got {list(ranks)}")
 
 
 def _train_source(

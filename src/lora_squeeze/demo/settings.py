@@ -30,7 +30,7 @@ class Settings:
     batch: int = 20
     rank: int = 64
     alpha: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     warmup: float = 0.1
     precision: str = "float32"
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ class Word:
     def completion(self) -> str:
         """What it has to write, before the end-of-text token."""
         return f" {self.phonemes}"
+
+    @property
+    def example(self) -> str:
+        """Both, as the model learns them."""
+        return self.prompt + self.completion
 
 
 @dataclass(frozen=True)
@@ -99,10 +105,10 @@ def split_words(words: Sequence[Word], seed: int) -> tuple[list[Word], list[Word
     A word's place is a hash of the seed and its spelling: neither the order of the dictionary nor a change of its
     other entries moves a word from one side to the other.
     """
-    ordered = sorted(words, key=lambda word: _place(word, seed))
+    ordered = sorted((_place(word, seed), word.spelling, word) for word in words)
     return (
-        [word for word in ordered if _place(word, seed) >= HELD_OUT_SHARE],
-        [word for word in ordered if _place(word, seed) < HELD_OUT_SHARE],
+        [word for place, _, word in ordered if place >= HELD_OUT_SHARE],
+        [word for place, _, word in ordered if place < HELD_OUT_SHARE],
     )
 
 
@@ -111,31 +117,35 @@ def _place(word: Word, seed: int) -> float:
     return int.from_bytes(digest[:8]) / 2**64
 
 
-def encode(words: Sequence[Word], tokenizer: Any) -> Batch:
-    """Words as one batch of PROMPT_TOKENS + COMPLETION_TOKENS tokens each; those that do not fit are left out.
+def take(words: Sequence[Word], tokenizer: Any, count: int) -> Batch:
+    """The first words that fit, as one batch of PROMPT_TOKENS + COMPLETION_TOKENS tokens each.
 
     Args:
-        words: the words.
+        words: the words; those whose prompt or completion is too long are passed over.
         tokenizer: a transformers tokenizer with an end-of-text token, which is learned as the end and used as padding.
+        count: number of examples; where there are fewer words, they come again from the beginning.
 
     Raises:
         LoraSqueezeError: no word fits.
     """
+    rows = list(islice(_examples(words, tokenizer), count))
+    if not rows:
+        raise LoraSqueezeError(f"none of {len(words)} words fits into {PROMPT_TOKENS} + {COMPLETION_TOKENS} tokens")
+    ids, masks, labels = (torch.tensor(column) for column in zip(*islice(cycle(rows), count), strict=True))
+    return Batch(ids, masks, labels)
+
+
+def _examples(words: Sequence[Word], tokenizer: Any) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """Tokens, mask and labels of each word that fits."""
     end: int = tokenizer.eos_token_id
-    rows: list[tuple[list[int], list[int], list[int]]] = []
     for word in words:
         prompt: list[int] = tokenizer(word.prompt, add_special_tokens=False)["input_ids"]
         completion: list[int] = [*tokenizer(word.completion, add_special_tokens=False)["input_ids"], end]
         before, after = PROMPT_TOKENS - len(prompt), COMPLETION_TOKENS - len(completion)
-        if before < 0 or after < 0:
-            continue
-        tokens = [end] * before + prompt + completion + [end] * after
-        mask = [0] * before + [1] * (len(prompt) + len(completion)) + [0] * after
-        rows.append((tokens, mask, completion + [IGNORED] * after))
-    if not rows:
-        raise LoraSqueezeError(f"none of {len(words)} words fits into {PROMPT_TOKENS} + {COMPLETION_TOKENS} tokens")
-    ids, masks, labels = (torch.tensor(column) for column in zip(*rows, strict=True))
-    return Batch(ids, masks, labels)
+        if before >= 0 and after >= 0:
+            tokens = [end] * before + prompt + completion + [end] * after
+            mask = [0] * before + [1] * (len(prompt) + len(completion)) + [0] * after
+            yield tokens, mask, completion + [IGNORED] * after
 
 
 def batches(data: Batch, size: int) -> Iterator[Batch]:
@@ -147,10 +157,3 @@ def batches(data: Batch, size: int) -> Iterator[Batch]:
             ids, mask, labels = (torch.cat([part, part[:1].expand(missing, -1)]) for part in (ids, mask, labels))
             labels[size - missing :] = IGNORED
         yield Batch(ids, mask, labels)
-
-
-def take(words: Sequence[Word], tokenizer: Any, count: int) -> Batch:
-    """The first `count` words that fit, from the beginning again where there are fewer."""
-    data = encode(words[: count + count // 4 + 16], tokenizer)
-    rows = torch.arange(count) % len(data.ids)
-    return Batch(data.ids[rows], data.mask[rows], data.labels[rows])

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,8 @@ from lora_squeeze.formats.model_card import CARD_NAME, model_card
 from lora_squeeze.formats.peft_config import CONFIG_NAME as CONFIG_NAME
 from lora_squeeze.formats.peft_config import read_config, squeezed_config
 from lora_squeeze.formats.peft_keys import PREFIX, Layout, parse
-from lora_squeeze.formats.safetensors_header import quoted
-from lora_squeeze.formats.safetensors_io import TensorFile, TensorFileWriter
+from lora_squeeze.formats.safetensors_header import check_name, header_json, layout, not_safetensors, quoted
+from lora_squeeze.formats.safetensors_io import PIECE_BYTES, TensorFile, TensorFileWriter, read_regular
 from lora_squeeze.lowrank import LowRank
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -50,6 +51,9 @@ class Tensors(Protocol):
     def read(self, name: str) -> Tensor:
         """One tensor."""
 
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Its numbers in order, as flat tensors of bounded size."""
+
     def sha256(self) -> str:
         """Digest of the file."""
 
@@ -60,20 +64,32 @@ class PickleFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata: dict[str, str] = {}
+        head = read_regular(path, 512)
+        if head.startswith(b"version https://git-lfs") or head.lstrip().startswith(b"<"):
+            raise LoraSqueezeError(f"{quoted(path)}: {not_safetensors(head, 0, len(head))}")
         try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # Files of PyTorch before 1.6 are no zip archives and cannot be mapped.
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
         except pickle.UnpicklingError as error:
-            reason = str(error).splitlines()[0]
+            # Only the name is taken from torch's message, which goes on to explain how to switch the check off.
+            name = re.search(r"GLOBAL ([\w.]+)", str(error))
             raise LoraSqueezeError(
-                f"{path}: this pickle holds more than tensors and is not opened, since it could run code "
-                f"({reason:.120}); save the adapter as safetensors where it comes from"
+                f"{quoted(path)}: this pickle holds more than tensors{f' ({name[1]})' if name else ''} and is not "
+                "opened, since it could run code; save the adapter as safetensors where it comes from"
             ) from None
         except (OSError, RuntimeError, ValueError, EOFError) as error:
-            raise LoraSqueezeError(f"{path}: not a readable PyTorch file ({str(error).splitlines()[0]:.120})") from None
+            raise LoraSqueezeError(
+                f"{quoted(path)}: not a readable PyTorch file ({_first_line(error)}); download or export it again"
+            ) from None
         if not isinstance(tensors, dict) or not all(
-            isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
+            isinstance(k, str) and isinstance(t, Tensor) and t.layout == torch.strided for k, t in tensors.items()
         ):
-            raise LoraSqueezeError(f"{path}: expected a dictionary of tensors by name")
+            raise LoraSqueezeError(f"{quoted(path)}: expected a dictionary of tensors by name")
+        try:
+            for name in tensors:
+                check_name(name)
+        except LoraSqueezeError as error:
+            raise LoraSqueezeError(f"{quoted(path)}: {error}") from None
         self._tensors: dict[str, Tensor] = tensors
 
     @property
@@ -85,10 +101,19 @@ class PickleFile:
         """One tensor."""
         return self._tensors[name]
 
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Its numbers in order."""
+        tensor = self._tensors[name]
+        return iter(tensor.reshape(-1).split(PIECE_BYTES // tensor.element_size()))
+
     def sha256(self) -> str:
         """Digest of the file."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return quoted((str(error).splitlines() or [type(error).__name__])[0])
 
 
 @dataclass(frozen=True)
@@ -113,9 +138,9 @@ class PeftSource:
             B = B.unflatten(1, (module.rank, module.copies)).permute(2, 0, 1)
         return LowRank(B, A, module.scale)
 
-    def extra(self, name: str) -> Tensor:
+    def pieces(self, name: str) -> Iterator[Tensor]:
         """A carried tensor."""
-        return self.file.read(name)
+        return self.file.pieces(name)
 
     def digest(self) -> str | None:
         """sha256 of the file."""
@@ -148,7 +173,7 @@ def load(folder: Path) -> Adapter:
         modules=modules,
         extras=extras,
         source=PeftSource(file),
-        format=PeftFormat(),
+        format=PeftFormat(home=folder.resolve()),
         config=config,
         default_scale=_default_scale(config, top),
         metadata=dict(file.metadata),
@@ -166,26 +191,29 @@ def _default_scale(config: Mapping[str, Any], rank: int) -> float:
 def _history(metadata: Mapping[str, str]) -> tuple[Mapping[str, Any], ...]:
     try:
         steps = json.loads(metadata.get(HISTORY_KEY, "[]"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return ()
     return tuple(step for step in steps if isinstance(step, dict)) if isinstance(steps, list) else ()
 
 
 @dataclass(frozen=True)
 class PeftFormat:
-    """Writes an adapter as a PEFT folder."""
+    """Writes an adapter as a PEFT folder.
+
+    Args:
+        home: the folder that the adapter is read from: never written to, whatever `force` says.
+    """
 
     name: str = "peft"
+    home: Path | None = None
 
     def save(self, adapter: Adapter, path: Path, *, force: bool, progress: Progress | None) -> None:
         """Write config, weights, model card and companions; one batch of modules is in memory at a time."""
+        if self.home is not None and path.resolve() == self.home:
+            raise LoraSqueezeError(f"{quoted(path)} is the folder that the adapter is read from; choose another output")
         keys = {name: module.layout.new_keys(module.kind) for name, module in adapter.modules.items()}
-        entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for name, module in adapter.modules.items():
-            for key, shape in zip(keys[name], _shapes(module), strict=True):
-                entries[key] = (module.dtype, shape)
         extras = {_new_key(name, adapter): name for name in adapter.extras}
-        entries.update({key: (adapter.extras[name].dtype, adapter.extras[name].shape) for key, name in extras.items()})
+        entries = _entries(adapter)
         config = _config(adapter)
         done, total = 0, adapter.lora_bytes + adapter.extra_bytes
         with replace_folder(path, force=force, owned=OWNED) as staging, ThreadPoolExecutor(1) as pool:
@@ -201,7 +229,7 @@ class PeftFormat:
                     if progress:
                         progress(done, total)
                 for key, name in extras.items():
-                    writer.write(key, adapter.extra(name))
+                    writer.write_pieces(key, adapter.pieces(name))
                     done += adapter.extras[name].size_bytes
                     if progress:
                         progress(done, total)
@@ -211,10 +239,20 @@ class PeftFormat:
 
     def overhead_bytes(self, adapter: Adapter) -> int:
         """Header and metadata: an upper bound of what the weights file holds beside its tensors."""
-        entries = 2 * len(adapter.modules) + len(adapter.extras)
-        names = sum(len(key) for m in adapter.modules.values() for key in m.layout.new_keys(m.kind))
-        names += sum(len(_new_key(name, adapter)) for name in adapter.extras)
-        return 8 + names + 110 * entries + _reserve(adapter)
+        entries = _entries(adapter)
+        # Lower ranks have no more digits; a dtype may be spelled with one letter more; the data begins at eight bytes.
+        return 8 + len(header_json(layout(entries), {})) + len(entries) + _reserve(adapter) + 8
+
+
+def _entries(adapter: Adapter) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Key, dtype and shape of every tensor in the new file."""
+    entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for module in adapter.modules.values():
+        for key, shape in zip(module.layout.new_keys(module.kind), _shapes(module), strict=True):
+            entries[key] = (module.dtype, shape)
+    for name, extra in adapter.extras.items():
+        entries[_new_key(name, adapter)] = (extra.dtype, extra.shape)
+    return entries
 
 
 def _shapes(module: Module) -> tuple[tuple[int, ...], tuple[int, ...]]:

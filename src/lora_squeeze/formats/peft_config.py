@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.formats.safetensors_io import read_regular
 
 CONFIG_NAME = "adapter_config.json"
+_MAX_CONFIG_BYTES = 10**8
 
 _DENSE_WAY_OUT = "export it in PEFT with peft.save_as_lora(folder, model, rank) and squeeze the result"
 # Not save_as_lora: PEFT 0.21.2 takes B @ A for the update of these, without the part that makes them what they are.
@@ -48,7 +50,7 @@ _MUTATING_INITS = {
     "lora_ga": "LoRA-GA subtracts gradient directions from the base weights",
     "loftq": "LoftQ replaces the base weights by quantised ones fitted together with the adapter",
 }
-_HARMLESS_INITS = {"gaussian", "eva", "orthogonal", "mica", "true", "false"}
+_HARMLESS_INITS = {"gaussian", "eva", "orthogonal", "mica", "true", "false", "none"}
 
 # Fields of PEFT 0.21.2 that choose a variant; another one that is set may change what the factors mean.
 _KNOWN_VARIANTS = {
@@ -76,17 +78,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         LoraSqueezeError: missing, not JSON, not a LoRA, or a kind of LoRA that cannot be squeezed soundly.
     """
     path = folder / CONFIG_NAME
+    if not path.exists():
+        raise LoraSqueezeError(f"{folder}: no {CONFIG_NAME}; is this the folder of a PEFT adapter?")
     try:
-        text = path.read_bytes().decode("utf-8")
-        config = json.loads(text)
-    except FileNotFoundError:
-        raise LoraSqueezeError(f"{folder}: no {CONFIG_NAME}; is this the folder of a PEFT adapter?") from None
+        config = json.loads(read_regular(path, _MAX_CONFIG_BYTES).decode("utf-8"))
+    except LoraSqueezeError:
+        raise
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise LoraSqueezeError(
             f"{path}: not valid JSON ({error}); restore the file from where the adapter came"
         ) from None
-    except OSError as error:
-        raise LoraSqueezeError(f"{path}: cannot be read: {error.strerror}") from error
     if not isinstance(config, dict):
         raise LoraSqueezeError(f"{path}: expected an object, found {type(config).__name__}")
     if "fine_tune_type" in config and "peft_type" not in config:
@@ -141,10 +142,20 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
         for pattern, value in patterns.items():
             if not _is_number(value):
                 raise LoraSqueezeError(f"{field}[{pattern!r}] must be a finite number, found {value!r}")
+            if field == "rank_pattern" and (value < 1 or value != int(value)):
+                raise LoraSqueezeError(f"{field}[{pattern!r}] must be a whole number from 1, found {value!r}")
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise LoraSqueezeError(f"{field}: {pattern!r} is not a regular expression ({error})") from None
+    targets = config.get("target_modules") or []
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise LoraSqueezeError(f"target_modules: {targets!r} is not a regular expression ({error})") from None
+    elif not isinstance(targets, list) or not all(isinstance(item, str) for item in targets):
+        raise LoraSqueezeError(f"target_modules must be an expression or a list of names, found {targets!r:.80}")
     for field in ("target_parameters", "modules_to_save"):
         value = config.get(field) or []
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -152,7 +163,7 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def pattern_value(patterns: Mapping[str, float | int] | None, key: str, default: float | int) -> float | int:

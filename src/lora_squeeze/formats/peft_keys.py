@@ -79,6 +79,8 @@ def parse(shapes: Shapes, config: Mapping[str, Any]) -> tuple[dict[str, Module],
             continue
         path, side = _without_prefix(match["path"]), match["what"].replace("lora_", "")
         names.add(match["rest"].removesuffix(".weight").removeprefix("."))
+        if len(names) > 1:
+            break
         if side in factors[path]:
             raise LoraSqueezeError(f"{quoted(key)} and {quoted(factors[path][side])} are the same factor; keep one")
         factors[path][side] = key
@@ -160,7 +162,7 @@ def _module(
     elif len(a) == len(b) == 2:
         if a[0] != b[1]:
             raise wrong
-        targets = _targets(path.replace(_NESTED, ""), config)
+        targets = _targets(path, config)
         if targets:
             return _experts(layout, dtype, a, b, config, siblings, targets)
         rank = a[0]
@@ -272,14 +274,31 @@ def _check_nesting(modules: Mapping[str, Module]) -> None:
                 )
 
 
-def _targets(base: str, config: Mapping[str, Any]) -> list[str]:
-    """Names of the parameters of this module that target_parameters asks for."""
+def _targets(path: str, config: Mapping[str, Any]) -> list[str]:
+    """Names of the parameters of this module that target_parameters asks for; none if the module itself is a target.
+
+    A bare name such as "gate_up_proj" could stand in any module. PEFT never adapts a module and a parameter of it, so
+    what target_modules lists is a module.
+    """
+    if _is_target_module(path.removesuffix(f"{_NESTED}.out_proj"), config):
+        return []
+    base = path.replace(_NESTED, "")
     found = []
     for target in config.get("target_parameters") or []:
         module, _, name = target.rpartition(".")
         if not module or base == module or base.endswith(f".{module}"):
             found.append(name)
     return sorted(set(found))
+
+
+def _is_target_module(path: str, config: Mapping[str, Any]) -> bool:
+    """Whether target_modules names this module, as PEFT looks it up; or PEFT adds it as the tied output head."""
+    targets = config.get("target_modules") or []
+    if config.get("ensure_weight_tying") and path.rpartition(".")[2] in _TIED_HEADS:
+        return True
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    return any(path == target or path.endswith(f".{target}") for target in targets)
 
 
 def _attention_output(module: Module, siblings: list[str], config: Mapping[str, Any]) -> Module:

@@ -135,7 +135,8 @@ def is_text(text: object) -> bool:
     return isinstance(text, str) and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Refuse a tensor name that is empty, reserved or not printable."""
     bad = None
     if not name.isprintable():  # quick for the many good names
         bad = next((c for c in name if unicodedata.category(c) in ("Cc", "Cs")), None)
@@ -147,7 +148,7 @@ def _check_name(name: str) -> None:
 
 def _parse_entry(name: str, fields: Any, start: int, size: int) -> Entry:
     """Check one tensor's JSON against itself and the ``size`` bytes of data from ``start``."""
-    _check_name(name)
+    check_name(name)
     where = f"tensor {quoted(name)}"
     known = ("dtype", "shape", "data_offsets")
     if not isinstance(fields, dict):
@@ -204,7 +205,7 @@ def layout(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[s
     if not entries:
         raise LoraSqueezeError("no tensors to write; a safetensors file needs at least one")
     for name, (dtype, _) in entries.items():
-        _check_name(name)
+        check_name(name)
         if dtype not in _CODES:
             raise LoraSqueezeError(
                 f"tensor {quoted(name)}: {dtype} cannot be stored; convert it to one of {', '.join(map(str, _CODES))}"

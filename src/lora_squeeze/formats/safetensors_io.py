@@ -11,7 +11,7 @@ import hashlib
 import os
 import stat
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.safetensors_header import (
     MAX_HEADER_BYTES,
+    Entry,
     damaged,
     header_json,
     is_text,
@@ -31,6 +32,7 @@ from lora_squeeze.formats.safetensors_header import (
     quoted,
 )
 
+PIECE_BYTES = 16 * 2**20  # what is in memory when a large tensor is copied; a multiple of every dtype's size
 _MAX_CALL = 1 << 30  # some systems refuse to read or write more than 2 GiB in one call
 
 
@@ -81,19 +83,36 @@ class TensorFile:
         Raises:
             LoraSqueezeError: no such tensor, the file is closed, or it has become shorter since it was opened.
         """
+        entry = self._entry(name)
+        return self._read(name, entry.begin, entry.nbytes).view(entry.dtype).reshape(entry.shape)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The numbers of one tensor in order, as flat tensors of at most PIECE_BYTES: for copying large ones.
+
+        Raises:
+            LoraSqueezeError: as ``read``.
+        """
+        entry = self._entry(name)
+        for done in range(0, entry.nbytes, PIECE_BYTES):
+            yield self._read(name, entry.begin + done, min(PIECE_BYTES, entry.nbytes - done)).view(entry.dtype)
+
+    def _entry(self, name: str) -> Entry:
         entry = self.entries.get(name)
         if entry is None:
             raise LoraSqueezeError(
                 f"{quoted(self.path)}: no tensor {quoted(name)} among the {len(self.entries)} it holds"
             )
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-        got = self._fill(_bytes_of(buffer), entry.begin)
-        if got < entry.nbytes:
+        return entry
+
+    def _read(self, name: str, begin: int, nbytes: int) -> Tensor:
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        got = self._fill(_bytes_of(buffer), begin)
+        if got < nbytes:
             raise LoraSqueezeError(
-                f"{quoted(self.path)}: tensor {quoted(name)}: the file ends after {got} of {entry.nbytes} bytes; "
+                f"{quoted(self.path)}: tensor {quoted(name)}: the file ends after {got} of {nbytes} bytes; "
                 "it was shortened while in use: get the file again"
             )
-        return buffer.view(entry.dtype).reshape(entry.shape)
+        return buffer
 
     def sha256(self) -> str:
         """SHA-256 of the whole file as hexadecimal digits, in one pass with a buffer of 1 MiB."""
@@ -159,12 +178,20 @@ def _open_regular(path: Path) -> tuple[int, int]:
     return fd, info.st_size
 
 
+def read_regular(path: Path, limit: int) -> bytes:
+    """The first bytes, at most ``limit``, of a regular file; never waits on a pipe."""
+    fd, _ = _open_regular(path)
+    try:
+        with open(fd, "rb") as file:
+            return file.read(limit)
+    except OSError as error:
+        raise LoraSqueezeError(f"{quoted(path)}: cannot be read: {error.strerror}") from error
+
+
 def _check_regular(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
-        raise LoraSqueezeError(
-            f"{quoted(path)}: this is {kind}, not a regular file; give the path of a .safetensors file"
-        )
+        raise LoraSqueezeError(f"{quoted(path)}: this is {kind}, not a regular file; put the file itself in its place")
 
 
 class TensorFileWriter:
@@ -229,6 +256,35 @@ class TensorFileWriter:
         Raises:
             LoraSqueezeError: name not announced or written already, other dtype or shape, the disk refuses.
         """
+        where, entry = self._announced(name)
+        if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
+            raise LoraSqueezeError(
+                f"{where}: announced as {entry.dtype} {list(entry.shape)}, got {tensor.dtype} {list(tensor.shape)}; "
+                "announce what is written"
+            )
+        self._write_at(where, entry.begin, tensor)
+        self._missing.discard(name)
+
+    def write_pieces(self, name: str, pieces: Iterable[Tensor]) -> None:
+        """Write one tensor from its numbers in order, in pieces of any shape, as ``TensorFile.pieces`` gives them.
+
+        Raises:
+            LoraSqueezeError: as ``write``; the pieces do not add up to the announced tensor.
+        """
+        where, entry = self._announced(name)
+        done = 0
+        for piece in pieces:
+            size = piece.numel() * piece.element_size()
+            if piece.dtype != entry.dtype or done + size > entry.nbytes:
+                raise LoraSqueezeError(f"{where}: a piece is {piece.dtype}, {done + size} of {entry.nbytes} bytes")
+            self._write_at(where, entry.begin + done, piece)
+            done += size
+        if done != entry.nbytes:
+            raise LoraSqueezeError(f"{where}: the pieces end after {done} of {entry.nbytes} bytes; give all of it")
+        self._missing.discard(name)
+
+    def _announced(self, name: str) -> tuple[str, Entry]:
+        """How errors call the tensor, and its place."""
         where = f"{quoted(self.path)}: tensor {quoted(name)}"
         entry = self._entries.get(name)
         if self._settled:
@@ -237,19 +293,16 @@ class TensorFileWriter:
             raise LoraSqueezeError(f"{where}: not announced when the file was opened; name it there")
         if name not in self._missing:
             raise LoraSqueezeError(f"{where}: written already; write each tensor once")
-        if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
-            raise LoraSqueezeError(
-                f"{where}: announced as {entry.dtype} {list(entry.shape)}, got {tensor.dtype} {list(tensor.shape)}; "
-                "announce what is written"
-            )
+        return where, entry
+
+    def _write_at(self, where: str, begin: int, tensor: Tensor) -> None:
         if tensor.layout != torch.strided or tensor.is_meta:
             raise LoraSqueezeError(
                 f"{where}: {tensor.layout} on {tensor.device} holds no dense data; make it dense first"
             )
         dense = tensor.detach().to("cpu").resolve_neg().contiguous()
         flat = dense.as_strided((dense.numel(),), (1,))  # a single element is contiguous at any stride, view() wants 1
-        self._pwrite(_bytes_of(flat.view(torch.uint8)), 8 + self._room + entry.begin)
-        self._missing.discard(name)
+        self._pwrite(_bytes_of(flat.view(torch.uint8)), 8 + self._room + begin)
 
     def close(self, metadata: Mapping[str, str] | None = None) -> None:
         """Write the header and make the file durable; after a failure there is no file. Closing twice does nothing.
