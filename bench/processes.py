@@ -27,6 +27,7 @@ _, status, usage = os.wait4(pid, 0)
 print(usage.ru_maxrss)
 sys.exit(os.waitstatus_to_exitcode(status))
 """
+RULES = (("--rank", "16"), ("--rank", "1"), ("--energy", "0.9"))  # rank 1: much is read for little that is written
 _COMMAND = [sys.executable, "-c", "from lora_squeeze.cli import main; main()"]
 
 
@@ -42,7 +43,7 @@ def measure_memory(plan: Plan, folder: Path, tell: Callable[[str], None]) -> dic
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             source = write_adapter(Path(scratch, "source"), model, rank, dtype)
             size = Path(source, "adapter_model.safetensors").stat().st_size
-            for rule, value in (("--rank", "16"), ("--energy", "0.9")):
+            for rule, value in RULES:
                 out = Path(scratch, "out")
                 peak = _peak_mb([*_COMMAND, "squeeze", str(source), "-o", str(out), rule, value])
                 shutil.rmtree(out)

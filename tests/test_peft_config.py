@@ -59,6 +59,31 @@ def test_patterns_name_one_layer_each(menagerie: Menagerie, name: str) -> None:
         assert not any(matches(pattern, f"tower.{layer}") for pattern in config["rank_pattern"]), "not in other towers"
 
 
+def test_both_projections_of_an_attention_module_have_one_entry(menagerie: Menagerie, tmp_path: Path) -> None:
+    """PEFT gives the output projection the rank of its attention module, and warns of patterns that match nothing."""
+    case = menagerie.cases["attention module"]
+    model = adapted(case)
+    with torch.no_grad():
+        for name in ("attention", "attention.out_proj"):
+            layers(model)[name].lora_B["default"].weight[:, 1:] = 0
+    lora_squeeze.load(save(model, tmp_path / "source")).squeeze(energy=1.0).save(tmp_path / "out")
+    assert read_config(tmp_path / "out")["rank_pattern"] == {"^attention": 1}
+    ranks = {name: layer.r["default"] for name, layer in layers(reload(case, tmp_path / "out")).items()}
+    assert ranks == {"attention": 1, "attention.out_proj": 1, "head": 4}
+
+
+@pytest.mark.parametrize("rank", [1000, 20])
+def test_no_rank_is_above_what_a_matrix_can_have(tmp_path: Path, rank: int) -> None:
+    """Rank 32 on matrices of 16 and 8 rows: the rest is dead weight."""
+    case = Case(llama, dict(r=32, lora_alpha=12, target_modules=["q_proj", "k_proj"]), tokens)
+    save(adapted(case), tmp_path / "source")
+    lora_squeeze.load(tmp_path / "source").squeeze(rank=rank).save(tmp_path / "out")
+    before, after = (reload(case, tmp_path / folder) for folder in ("source", "out"))
+    for name, layer in layers(after).items():
+        assert layer.r["default"] == (8 if "k_proj" in name else 16)
+    torch.testing.assert_close(outputs(after, case), outputs(before, case), rtol=2e-5, atol=2e-6)
+
+
 def test_a_name_with_the_characters_of_expressions_is_taken_literally(tmp_path: Path) -> None:
     """Every layer gets a rank of its own, so that a wrong match is a wrong shape."""
     case = Case(OddNames, dict(r=6, lora_alpha=9, target_modules=r".*"), numbers(3, 8))

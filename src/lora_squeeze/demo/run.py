@@ -183,14 +183,27 @@ def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
 
 @contextmanager
 def _bars(console: Any) -> Iterator[Callable[[str, int], Callable[[str], None]]]:
-    """Progress bars with the time left; the value makes a bar, and what that gives moves it on by one."""
+    """Progress with the time left; the value makes a bar, and what that gives moves it on by one.
+
+    Where nobody sees a bar (a pipe, a log file) a line is printed at each quarter instead.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
 
         def bar(label: str, total: int) -> Callable[[str], None]:
-            task = progress.add_task(label, total=total)
-            return lambda text: progress.update(task, advance=1, description=f"{text:24}")
+            task, start, done = progress.add_task(label, total=total), time.perf_counter(), 0
+
+            def advance(text: str) -> None:
+                nonlocal done
+                done += 1
+                progress.update(task, advance=1, description=f"{text:24}")
+                if progress.disable and 4 * done // total > 4 * (done - 1) // total:
+                    console.print(
+                        f"{text}: {done} of {total} after {time.perf_counter() - start:.0f} s", highlight=False
+                    )
+
+            return advance
 
         yield bar
