@@ -311,14 +311,24 @@ def test_every_rank_is_within_its_limits(plan: Plan, limits: Limits, rule: str, 
     try:
         ranks = pick(units, rule, scaled.get(rule, value), allocate, limits)
     except LoraSqueezeError as error:
-        assert re.search(r"too small|cannot be allocated|is a multiple of", str(error))
+        assert re.search(
+            r"too small|cannot be allocated|is a multiple of|groups need at least one rank each", str(error)
+        )
         return
     for unit, k in zip(units, ranks, strict=True):
         assert 0 <= k <= unit.rank
         assert k * unit.step % limits.multiple_of == 0 or k == unit.rank
-        assert limits.ceiling is None or k * unit.step <= max(limits.ceiling, unit.step)
-        top = unit.rank if limits.ceiling is None else min(unit.rank, max(1, limits.ceiling // unit.step))
+        assert limits.ceiling is None or k * unit.step <= limits.ceiling
+        top = unit.rank if limits.ceiling is None else min(unit.rank, limits.ceiling // unit.step)
         assert k * unit.step >= min(limits.floor, top * unit.step) and k >= min(unit.floor, top)
+
+
+def test_a_ceiling_below_the_number_of_groups_is_refused() -> None:
+    unit = Unit("conv", 8, [[1.0] * 8], 1, floor=1, step=4)
+    with pytest.raises(
+        LoraSqueezeError, match="conv: max_rank 3 is impossible, its 4 groups need at least one rank each"
+    ):
+        pick([unit], "energy", 0.5, limits=Limits(ceiling=3))
 
 
 def test_a_step_counts_as_files_count_it() -> None:

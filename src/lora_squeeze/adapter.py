@@ -44,6 +44,7 @@ class Module:
         floor: smallest rank it may take; 0 means that it may leave the adapter.
         step: ranks counted by the file per rank of the LowRank (groups of a convolution).
         layout: what the format needs to write it again.
+        source_bytes: bytes of the factors that it is computed from, where these are more than its own.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Module:
     floor: int = 0
     step: int = 1
     layout: Any = None
+    source_bytes: int = 0
 
     @property
     def parameters_per_rank(self) -> int:
@@ -122,6 +124,9 @@ class Format(Protocol):
     @property
     def name(self) -> str:
         """What reports call it."""
+
+    def check_target(self, path: Path, *, force: bool) -> None:
+        """Refuse a target that `save` would refuse, before any work is done."""
 
     def save(self, adapter: Adapter, path: Path, *, force: bool, progress: Progress | None) -> None:
         """Write the adapter to `path`."""
@@ -204,15 +209,16 @@ class Adapter:
             yield piece if factor == 1.0 else (piece.double() * factor).to(piece.dtype)
 
     def batches(self) -> Iterator[list[Module]]:
-        """The modules in file order, in lists of about BATCH_BYTES."""
+        """The modules in file order, in lists of about BATCH_BYTES to be read."""
         batch: list[Module] = []
         size = 0
         for module in self.modules.values():
-            if batch and size + module.size_bytes > BATCH_BYTES:
+            needed = max(module.size_bytes, module.source_bytes)
+            if batch and size + needed > BATCH_BYTES:
                 yield batch
                 batch, size = [], 0
             batch.append(module)
-            size += module.size_bytes
+            size += needed
         yield batch
 
     @property

@@ -128,24 +128,28 @@ class LowRank:
             seed: seed of the sketch of "rsvd".
 
         Returns:
-            LowRank of rank min(k, r, out, in).
+            LowRank of rank k; of min(out, in) where k is more than that.
         """
         if rank < 1:
             raise LoraSqueezeError(f"rank must be at least 1, got {rank}")
         scale, dtype = self._scale_after(scale), dtype or self.dtype
-        rank = min(rank, *self.shape[-2:])
         if rank >= self.rank:
-            return self.to(torch.promote_types(self.dtype, dtype)).with_scale(scale).to(dtype)
+            return self.with_scale(scale, dtype)
+        rank = min(rank, *self.shape[-2:])
         return LowRank(*self.decompose(method, rank=rank, seed=seed).factors(rank, scale, dtype), scale).to(self.device)
 
-    def with_scale(self, scale: float) -> LowRank:
-        """The same update written with another scale s' > 0: B' = B * scale / s'."""
+    def with_scale(self, scale: float, dtype: torch.dtype | None = None) -> LowRank:
+        """The same update written with another scale s' > 0, B' = B * scale / s', and in another dtype if one is given.
+
+        What does not change comes back as it is; B is rounded once.
+        """
+        dtype = dtype or self.dtype
         if scale == self.scale:
-            return self
+            return self.to(dtype)
         if not (math.isfinite(scale) and scale > 0):
             raise LoraSqueezeError(f"scale must be a positive number, got {scale}")
         inner = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return LowRank((self.B.to(inner) * (self.scale / scale)).to(self.dtype), self.A, scale)
+        return LowRank((self.B.to(inner) * (self.scale / scale)).to(dtype), self.A.to(dtype), scale)
 
     def rank_up(self, rank: int, seed: int = 0) -> LowRank:
         """The same update with room to learn: new columns of B are zero, new rows of A are Kaiming-uniform as in LoRA.
@@ -177,7 +181,7 @@ class LowRank:
         return (self.to(torch.float64) - other.to(torch.float64)).norm()
 
     def __add__(self, other: LowRank) -> LowRank:
-        """The sum, exact: factors side by side, rank r1 + r2."""
+        """The sum: factors side by side, rank r1 + r2. Exact; where the scales differ, up to the rounding of B."""
         if self.shape != other.shape:
             raise LoraSqueezeError(f"updates of different shapes cannot be added: {self.shape} and {other.shape}")
         scale = self.scale or 1.0
@@ -189,7 +193,7 @@ class LowRank:
         return replace(self, scale=-self.scale)
 
     def __sub__(self, other: LowRank) -> LowRank:
-        """The difference, exact: rank r1 + r2."""
+        """The difference, as the sum: rank r1 + r2."""
         return self + (-other)
 
     def __mul__(self, factor: float) -> LowRank:

@@ -19,6 +19,7 @@ from lora_squeeze.lowrank import LowRank
 from lora_squeeze.ranks import RULES, Allocation, Limits, Unit, allocation_for, choose, needs_spectra
 
 AlphaPolicy = Literal["keep", "fold"]
+_WRITTEN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,8 @@ def squeeze(
     rule, value = _the_rule(given, adapter, max_rank, dtype)
     if alpha not in ("keep", "fold"):
         raise LoraSqueezeError(f"alpha must be 'keep' or 'fold', got {alpha!r}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise LoraSqueezeError(f"dtype must be a float dtype, got {dtype}")
+    if dtype not in (None, *_WRITTEN):
+        raise LoraSqueezeError(f"dtype must be one of {', '.join(map(str, _WRITTEN))}, got {dtype}")
     if method not in METHODS:
         raise LoraSqueezeError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     scale = adapter.default_scale if alpha == "keep" and adapter.default_scale > 0 else 1.0
@@ -178,6 +179,7 @@ def squeeze(
             rank=ranks[name],
             scale=scale,
             dtype=dtype or module.dtype,
+            source_bytes=max(module.size_bytes, module.source_bytes),
         )
         for name, module in adapter.modules.items()
         if ranks[name]
@@ -219,24 +221,28 @@ class Squeezed:
         return [self._truncated(*three) for three in zip(modules, updates, found, strict=True)]
 
     def _truncated(self, module: Module, update: LowRank, found: Decomposition) -> LowRank:
-        measurement = Measurement.of(found)
+        kept = update.dtype if module.rank >= update.rank else module.dtype
+        exact = kept if kept.itemsize >= 4 else torch.float32
         if module.rank >= update.rank:
-            result = update.truncate(module.rank, scale=module.scale, dtype=module.dtype)
+            whole = update.to(exact).with_scale(module.scale)
         else:
-            exact = module.dtype if module.dtype.itemsize >= 4 else torch.float32
-            B, A = found.factors(min(module.rank, found.S.shape[-1]), module.scale, exact)
-            result = LowRank(B.to(module.dtype), A.to(module.dtype), module.scale)
-            if exact != module.dtype:
-                rounding = _rounding(LowRank(B, A, module.scale), result, found.S[..., : module.rank])
-                measurement = replace(measurement, rounding=rounding)
-        if result.rank < module.rank:  # a member of a group with less: filled up to the common rank
-            result = result.rank_up(module.rank, self.seed)
-        if not (result.B.isfinite().all() and result.A.isfinite().all()):
+            rank = min(module.rank, found.S.shape[-1])
+            whole = LowRank(*found.factors(rank, module.scale, exact), module.scale)
+        result = whole.to(module.dtype)
+        if not (_finite(result.B) and _finite(result.A)):
             raise LoraSqueezeError(
                 f"{module.name}: the squeezed factors do not fit in {module.dtype} (largest singular value "
                 f"{float(found.S.max()):.3g}); ask for dtype float32 or bfloat16"
             )
+        measurement = Measurement.of(found)
+        if module.rank < update.rank:
+            measurement = replace(measurement, rounding=_rounding(whole, result, found.S))
+        elif module.dtype.itemsize < update.dtype.itemsize:
+            rounding = float(torch.linalg.vector_norm(whole.distance(result.to(exact))))
+            measurement = replace(measurement, rounding=rounding)
         self.measured[module.name] = measurement
+        if result.rank < module.rank:  # a member of a group with less: filled up to the common rank
+            result = result.rank_up(module.rank, self.seed)
         return result.to("cpu")
 
     def pieces(self, name: str) -> Iterator[Tensor]:
@@ -332,8 +338,16 @@ def _find_fault(module: Module, update: LowRank) -> None:
         raise LoraSqueezeError(f"{module.name}: {error}") from None
 
 
-def _rounding(exact: LowRank, stored: LowRank, S: Tensor) -> float:
+def _finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN or infinity; the extremes are found many times faster than by isfinite().all()."""
+    low, high = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
+    return bool(low.isfinite() & high.isfinite())
+
+
+def _rounding(exact: LowRank, stored: LowRank, S: Tensor) -> float | None:
     """|dW - dW_stored| to first order: with balanced factors, s * sum_i S_i (|delta b_i|^2 + |delta a_i|^2), rooted."""
+    if exact.dtype == stored.dtype:
+        return None
     b = (exact.B - stored.B.to(exact.B)).square().sum(-2).double()
     a = (exact.A - stored.A.to(exact.A)).square().sum(-1).double()
-    return math.sqrt(max(0.0, exact.scale * float((S * (b + a)).sum())))
+    return math.sqrt(max(0.0, exact.scale * float((S[..., : exact.rank] * (b + a)).sum())))

@@ -82,7 +82,12 @@ class Limits:
 
     def ladder(self, unit: Unit) -> list[int]:
         """The ranks this unit may take, ascending."""
-        top = unit.rank if self.ceiling is None else min(unit.rank, max(1, self.ceiling // unit.step))
+        if self.ceiling is not None and self.ceiling < unit.step:
+            raise LoraSqueezeError(
+                f"{unit.name}: max_rank {self.ceiling} is impossible, "
+                f"its {unit.step} groups need at least one rank each"
+            )
+        top = unit.rank if self.ceiling is None else min(unit.rank, self.ceiling // unit.step)
         low = min(max(-(-self.floor // unit.step), unit.floor), top)
         multiple = self.multiple_of // math.gcd(self.multiple_of, unit.step)
         rungs = {k for k in range(0, top + 1, multiple) if k >= low} | ({top} if top == unit.rank else set())

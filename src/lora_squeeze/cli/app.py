@@ -106,6 +106,8 @@ def squeeze(
     if output is None and not dry_run:
         raise typer.BadParameter("give an output folder with -o, or --dry-run", param_hint="--output")
     source = _load(adapter, subfolder, revision)
+    if output is not None and not dry_run:
+        source.format.check_target(output, force=force)
     with show.progress("measuring") as progress:
         result = source.squeeze(
             rank=rank, energy=energy, error=error, size=size, params=params, sv_ratio=sv_ratio,

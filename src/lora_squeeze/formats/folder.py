@@ -77,6 +77,13 @@ def replace_folder(target: str | os.PathLike[str], *, force: bool, owned: Collec
                         os.rmdir(parent)
 
 
+def check_target(target: str | os.PathLike[str], *, force: bool) -> None:
+    """Refuse what `replace_folder` would refuse at its start."""
+    real = _resolved(Path(target))
+    with _explained(real):
+        _check_target(real, force)
+
+
 def _resolved(target: Path) -> Path:
     """The target without symlinks in it, so that the real folder is replaced and not a link to it."""
     try:

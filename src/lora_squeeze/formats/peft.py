@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_squeeze.adapter import Adapter, Module, Progress
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.formats.folder import replace_folder
+from lora_squeeze.formats.folder import check_target, replace_folder
 from lora_squeeze.formats.model_card import CARD_NAME, model_card
 from lora_squeeze.formats.peft_config import CONFIG_NAME as CONFIG_NAME
 from lora_squeeze.formats.peft_config import read_config, squeezed_config
@@ -207,10 +207,15 @@ class PeftFormat:
     name: str = "peft"
     home: Path | None = None
 
-    def save(self, adapter: Adapter, path: Path, *, force: bool, progress: Progress | None) -> None:
-        """Write config, weights, model card and companions; one batch of modules is in memory at a time."""
+    def check_target(self, path: Path, *, force: bool) -> None:
+        """Refuse the source's own folder, and what cannot be replaced."""
         if self.home is not None and path.resolve() == self.home:
             raise LoraSqueezeError(f"{quoted(path)} is the folder that the adapter is read from; choose another output")
+        check_target(path, force=force)
+
+    def save(self, adapter: Adapter, path: Path, *, force: bool, progress: Progress | None) -> None:
+        """Write config, weights, model card and companions; one batch of modules is in memory at a time."""
+        self.check_target(path, force=force)
         keys = {name: module.layout.new_keys(module.kind) for name, module in adapter.modules.items()}
         extras = {_new_key(name, adapter): name for name in adapter.extras}
         entries = _entries(adapter)
