@@ -80,6 +80,7 @@ class Decomposition:
             total=self.total * factor**2,
         )
 
+    @torch.no_grad()
     def factors(
         self, rank: int, scale: float, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "*batch out k"], Float[Tensor, "*batch k in"]]:
@@ -144,6 +145,7 @@ def decompose(
     return decompose_all([(B, A)], method, ranks=[rank], seed=seed)[0].scaled(scale)
 
 
+@torch.no_grad()
 def decompose_all(
     pairs: Sequence[tuple[Tensor, Tensor]],
     method: Method = "gram",
@@ -288,12 +290,15 @@ def _dense(B: Tensor, A: Tensor) -> Decomposition:
 
 def _gram_of_columns(X: Float[Tensor, "batch n r"]) -> Float[Tensor, "batch r r"]:
     """X^T X in float64, converted piece by piece."""
-    pieces = iter(X.split(_piece(X, -2), -2))
-    wide = next(pieces).double()
-    gram: Tensor = wide.mT @ wide
-    for piece in pieces:
+    gram = X.new_zeros((X.shape[0], X.shape[2], X.shape[2]), dtype=torch.float64)
+    for piece in X.split(_piece(X, -2), -2):
         wide = piece.double()
-        gram.baddbmm_(wide.mT, wide)
+        if wide.device.type == "cpu":
+            # NumPy sees that both operands are one matrix and computes one triangle only (syrk); torch computes both.
+            for total, item in zip(gram.numpy(), wide.numpy(), strict=True):
+                total += item.T @ item
+        else:
+            gram.baddbmm_(wide.mT, wide)
     return gram
 
 
