@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -80,7 +81,6 @@ class Decomposition:
             total=self.total * factor**2,
         )
 
-    @torch.no_grad()
     def factors(
         self, rank: int, scale: float, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "*batch out k"], Float[Tensor, "*batch k in"]]:
@@ -145,7 +145,6 @@ def decompose(
     return decompose_all([(B, A)], method, ranks=[rank], seed=seed)[0].scaled(scale)
 
 
-@torch.no_grad()
 def decompose_all(
     pairs: Sequence[tuple[Tensor, Tensor]],
     method: Method = "gram",
@@ -169,7 +168,7 @@ def decompose_all(
     """
     if method not in METHODS:
         raise LoraSqueezeError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
-    flat = [(_flat(B), _flat(A)) for B, A in pairs]
+    flat = [(_flat(B.detach()), _flat(A.detach())) for B, A in pairs]
     found: dict[int, Decomposition] = {}
     alike: dict[tuple[int, torch.device], list[int]] = defaultdict(list)
     for i, (B, A) in enumerate(flat):
@@ -295,8 +294,9 @@ def _gram_of_columns(X: Float[Tensor, "batch n r"]) -> Float[Tensor, "batch r r"
         wide = piece.double()
         if wide.device.type == "cpu":
             # NumPy sees that both operands are one matrix and computes one triangle only (syrk); torch computes both.
-            for total, item in zip(gram.numpy(), wide.numpy(), strict=True):
-                total += item.T @ item
+            with np.errstate(all="ignore"):  # infinity is looked for afterwards
+                for total, item in zip(gram.numpy(), wide.numpy(), strict=True):
+                    total += item.T @ item
         else:
             gram.baddbmm_(wide.mT, wide)
     return gram

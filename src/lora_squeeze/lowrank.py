@@ -145,7 +145,7 @@ class LowRank:
         """
         dtype = dtype or self.dtype
         if scale == self.scale:
-            return self.to(dtype)
+            return self if dtype == self.dtype else self.to(dtype)
         if not (math.isfinite(scale) and scale > 0):
             raise LoraSqueezeError(f"scale must be a positive number, got {scale}")
         inner = torch.float64 if self.dtype == torch.float64 else torch.float32
