@@ -24,20 +24,17 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its formatted help takes longer to import than all else together
 )
-_RULES = "How small (one of these)"
-_BOUNDS = "Where the rank goes"
-_HOW = "How it is computed and written"
-_HUB = "Hub"
 
 
-def _option(name: str, panel: str, *names: str, module: str = "post_squeeze", function: str = "squeeze") -> Any:
-    return typer.Option(*names, help=option_help(module, function)[name], rich_help_panel=panel, show_default=False)
+def _option(name: str, module: str = "post_squeeze", function: str = "squeeze") -> Any:
+    return typer.Option(help=option_help(module, function)[name], show_default=False)
 
 
 AdapterArgument = Annotated[str, typer.Argument(help="Folder of a PEFT adapter, or a hub id such as user/adapter.")]
-Subfolder = Annotated[str | None, _option("subfolder", _HUB, module="hub", function="load")]
-Revision = Annotated[str | None, _option("revision", _HUB, module="hub", function="load")]
+Subfolder = Annotated[str | None, _option("subfolder", module="hub", function="load")]
+Revision = Annotated[str | None, _option("revision", module="hub", function="load")]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 Each = Annotated[bool, typer.Option("--each", help="One line per module instead of one per kind of module.")]
 
@@ -76,23 +73,23 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def squeeze(
     adapter: AdapterArgument,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default=False)] = None,
-    rank: Annotated[int | None, _option("rank", _RULES)] = None,
-    energy: Annotated[float | None, _option("energy", _RULES)] = None,
-    error: Annotated[float | None, _option("error", _RULES)] = None,
-    size: Annotated[str | None, _option("size", _RULES)] = None,
-    params: Annotated[int | None, _option("params", _RULES)] = None,
-    sv_ratio: Annotated[float | None, _option("sv_ratio", _RULES)] = None,
-    sv_cumulative: Annotated[float | None, _option("sv_cumulative", _RULES)] = None,
-    sv_fro: Annotated[float | None, _option("sv_fro", _RULES)] = None,
-    allocate: Annotated[str | None, _option("allocate", _BOUNDS)] = None,
-    min_rank: Annotated[int, _option("min_rank", _BOUNDS)] = 0,
-    max_rank: Annotated[int | None, _option("max_rank", _BOUNDS)] = None,
-    multiple_of: Annotated[int, _option("multiple_of", _BOUNDS)] = 1,
-    method: Annotated[str, _option("method", _HOW)] = "gram",
-    alpha: Annotated[str, _option("alpha", _HOW)] = "keep",
-    dtype: Annotated[str | None, _option("dtype", _HOW)] = None,
-    device: Annotated[str | None, _option("device", _HOW)] = None,
-    seed: Annotated[int, _option("seed", _HOW)] = 0,
+    rank: Annotated[int | None, _option("rank")] = None,
+    energy: Annotated[float | None, _option("energy")] = None,
+    error: Annotated[float | None, _option("error")] = None,
+    size: Annotated[str | None, _option("size")] = None,
+    params: Annotated[int | None, _option("params")] = None,
+    sv_ratio: Annotated[float | None, _option("sv_ratio")] = None,
+    sv_cumulative: Annotated[float | None, _option("sv_cumulative")] = None,
+    sv_fro: Annotated[float | None, _option("sv_fro")] = None,
+    allocate: Annotated[str | None, _option("allocate")] = None,
+    min_rank: Annotated[int, _option("min_rank")] = 0,
+    max_rank: Annotated[int | None, _option("max_rank")] = None,
+    multiple_of: Annotated[int, _option("multiple_of")] = 1,
+    method: Annotated[str, _option("method")] = "gram",
+    alpha: Annotated[str, _option("alpha")] = "keep",
+    dtype: Annotated[str | None, _option("dtype")] = None,
+    device: Annotated[str | None, _option("device")] = None,
+    seed: Annotated[int, _option("seed")] = 0,
     subfolder: Subfolder = None,
     revision: Revision = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at the output.")] = False,
