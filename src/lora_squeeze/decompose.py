@@ -290,10 +290,12 @@ def _dense(B: Tensor, A: Tensor) -> Decomposition:
 def _gram_of_columns(X: Float[Tensor, "batch n r"]) -> Float[Tensor, "batch r r"]:
     """X^T X in float64, converted piece by piece."""
     gram = X.new_zeros((X.shape[0], X.shape[2], X.shape[2]), dtype=torch.float64)
+    # NumPy sees that both operands are one matrix and computes one triangle only (syrk); torch computes both. But its
+    # threads and torch's hinder each other: with more than one of torch's, small products take ten times as long.
+    by_triangle = X.device.type == "cpu" and torch.get_num_threads() == 1
     for piece in X.split(_piece(X, -2), -2):
         wide = piece.double()
-        if wide.device.type == "cpu":
-            # NumPy sees that both operands are one matrix and computes one triangle only (syrk); torch computes both.
+        if by_triangle:
             with np.errstate(all="ignore"):  # infinity is looked for afterwards
                 for total, item in zip(gram.numpy(), wide.numpy(), strict=True):
                     total += item.T @ item

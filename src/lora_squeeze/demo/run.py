@@ -25,7 +25,7 @@ from lora_squeeze.demo.train import attach_lora, train
 from lora_squeeze.errors import LoraSqueezeError
 
 RANKS = (32, 16, 8, 4, 2, 1)
-_MEASURED_AT_ONCE = 60
+_MEASURED_AT_ONCE = 50
 
 
 def run_demo(

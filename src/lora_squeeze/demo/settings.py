@@ -43,8 +43,8 @@ class Budget:
     held_out: int
 
 
-FULL = Budget(steps=100, held_out=240)
-QUICK = Budget(steps=25, held_out=60)
+FULL = Budget(steps=80, held_out=200)
+QUICK = Budget(steps=25, held_out=50)
 
 
 def choose_device(asked: str | None) -> torch.device:
