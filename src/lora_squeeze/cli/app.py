@@ -160,9 +160,10 @@ def inspect(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for adapters, table and picture.")] = Path(
-        "lora-squeeze-demo"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to write; default lora-squeeze-demo, or lora-squeeze-demo-quick."),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and fewer words: under two minutes.")] = False,
     device: Annotated[str | None, typer.Option("--device", help="Where to train; default the best there is.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of data order and initialisation.")] = 0,
@@ -173,6 +174,7 @@ def demo(
     """Train a rank-64 LoRA of a small language model, squeeze it to rank 32 ... 1, and measure each."""
     from lora_squeeze.demo import run_demo
 
+    output = output or Path("lora-squeeze-demo-quick" if quick else "lora-squeeze-demo")
     run_demo(output, quick=quick, device=device, seed=seed, force=force)
 
 

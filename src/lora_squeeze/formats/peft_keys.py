@@ -150,7 +150,7 @@ def _module(
         if not dtype.is_floating_point:
             raise LoraSqueezeError(f"{quoted(key)} has dtype {dtype}; factors must be floating point")
     layout = Layout(path, a_key, b_key, pattern=re.escape(path))
-    dtype = torch.promote_types(a_dtype, b_dtype) if a_dtype != b_dtype else a_dtype
+    dtype = a_dtype if a_dtype == b_dtype else _common(a_dtype, b_dtype)
     wrong = LoraSqueezeError(
         f"factors of {quoted(path)} do not fit: {quoted(a_key)} is {list(a)}, {quoted(b_key)} is {list(b)}"
     )
@@ -170,7 +170,12 @@ def _module(
     else:
         module = _conv(layout, dtype, a, b, config, wrong)
     _check_rank(module, config, notes)
-    return _attention_output(module, siblings, config) if path.endswith(f"{_NESTED}.out_proj") else module
+    return _attention_output(module, config) if path.endswith(f"{_NESTED}.out_proj") else module
+
+
+def _common(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """A dtype that holds both; torch does not promote those of one byte."""
+    return torch.float32 if 1 in (one.itemsize, other.itemsize) else torch.promote_types(one, other)
 
 
 def _conv(
@@ -301,7 +306,7 @@ def _is_target_module(path: str, config: Mapping[str, Any]) -> bool:
     return any(path == target or path.endswith(f".{target}") for target in targets)
 
 
-def _attention_output(module: Module, siblings: list[str], config: Mapping[str, Any]) -> Module:
+def _attention_output(module: Module, config: Mapping[str, Any]) -> Module:
     """The output projection inside nn.MultiheadAttention: PEFT gives it the rank and alpha of the attention module."""
     outer = module.name.removesuffix(f"{_NESTED}.out_proj")
     return replace(
