@@ -156,6 +156,20 @@ def test_factors_that_overflow_are_refused_with_a_dtype_that_holds_them(tmp_path
     adapter.squeeze(rank=3, dtype=torch.bfloat16).save(tmp_path / "out")
 
 
+@pytest.mark.parametrize("alpha", [12, -3, 0])
+def test_an_adapter_that_is_saved_as_it_is_keeps_every_update(tmp_path: Path, alpha: int) -> None:
+    """One scale is written, whatever scales were read; the bias of B follows it."""
+    bias = torch.arange(8.0)
+    key = f"{PREFIX}layers.0.v_proj.lora_B.bias"
+    config = plain_config(lora_alpha=alpha, lora_bias=True, alpha_pattern={"v_proj": 40, "down_proj": 3})
+    adapter = lora_squeeze.load(write_folder(tmp_path / "in", plain_tensors() | {key: bias}, config))
+    _, written = saved(adapter, tmp_path / "out")
+    for name in adapter.modules:
+        torch.testing.assert_close(read_dense(tmp_path / "out", name), dense(adapter, name), rtol=1e-5, atol=1e-6)
+    written_scale = lora_squeeze.load(tmp_path / "out").default_scale
+    torch.testing.assert_close(written[key] * written_scale, bias * 40 / RANK)
+
+
 def test_a_dtype_without_fractions_is_refused(adapter: Adapter) -> None:
     with pytest.raises(LoraSqueezeError, match=r"dtype must be one of .*torch\.float16, got torch\.int8"):
         adapter.squeeze(rank=3, dtype=torch.int8)

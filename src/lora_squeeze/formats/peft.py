@@ -216,29 +216,9 @@ class PeftFormat:
     def save(self, adapter: Adapter, path: Path, *, force: bool, progress: Progress | None) -> None:
         """Write config, weights, model card and companions; one batch of modules is in memory at a time."""
         self.check_target(path, force=force)
-        keys = {name: module.layout.new_keys(module.kind) for name, module in adapter.modules.items()}
-        extras = {_new_key(name, adapter): name for name in adapter.extras}
-        entries = _entries(adapter)
         config = _config(adapter)
-        done, total = 0, adapter.lora_bytes + adapter.extra_bytes
-        with replace_folder(path, force=force, owned=OWNED) as staging, ThreadPoolExecutor(1) as pool:
-            digest = pool.submit(adapter.source.digest)
-            with TensorFileWriter(staging / WEIGHTS_NAME, entries, _reserve(adapter)) as writer:
-                for batch in adapter.batches():
-                    for module, update in zip(batch, adapter.source.updates(batch), strict=True):
-                        A, B = _stored(module, update)
-                        a_key, b_key = keys[module.name]
-                        writer.write(a_key, A)
-                        writer.write(b_key, B)
-                        done += module.size_bytes
-                    if progress:
-                        progress(done, total)
-                for key, name in extras.items():
-                    writer.write_pieces(key, adapter.pieces(name))
-                    done += adapter.extras[name].size_bytes
-                    if progress:
-                        progress(done, total)
-                writer.close(_metadata(adapter, digest.result()))
+        with replace_folder(path, force=force, owned=OWNED) as staging:
+            _write_weights(adapter, staging / WEIGHTS_NAME, progress)
             (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             _write_companions(adapter, staging)
 
@@ -247,6 +227,32 @@ class PeftFormat:
         entries = _entries(adapter)
         # Lower ranks have no more digits; a dtype may be spelled with one letter more; the data begins at eight bytes.
         return 8 + len(header_json(layout(entries), {})) + len(entries) + _reserve(adapter) + 8
+
+
+def _write_weights(adapter: Adapter, path: Path, progress: Progress | None) -> None:
+    """Stream the tensors, all with the one scale of the configuration; the digest of the source is taken meanwhile."""
+    scale = _scale(adapter)
+    done, total = 0, adapter.lora_bytes + adapter.extra_bytes
+    with ThreadPoolExecutor(1) as pool, TensorFileWriter(path, _entries(adapter), _reserve(adapter)) as writer:
+        digest = pool.submit(adapter.source.digest)
+        for batch in adapter.batches():
+            for module, update in zip(batch, adapter.source.updates(batch), strict=True):
+                for key, tensor in zip(
+                    module.layout.new_keys(module.kind), _stored(module, update.with_scale(scale)), strict=True
+                ):
+                    writer.write(key, tensor)
+                done += module.size_bytes
+            if progress:
+                progress(done, total)
+        for name, extra in adapter.extras.items():
+            pieces = adapter.pieces(name)
+            if extra.module is not None and (ratio := adapter.modules[extra.module].scale / scale) != 1:
+                pieces = ((piece * ratio).to(piece.dtype) for piece in pieces)
+            writer.write_pieces(_new_key(name, adapter), pieces)
+            done += extra.size_bytes
+            if progress:
+                progress(done, total)
+        writer.close(_metadata(adapter, digest.result()))
 
 
 def _entries(adapter: Adapter) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -293,13 +299,18 @@ def _new_key(name: str, adapter: Adapter) -> str:
     return name if name.startswith("base_model.") else PREFIX + name
 
 
+def _scale(adapter: Adapter) -> float:
+    """The one scale that is written for all modules."""
+    return adapter.default_scale if adapter.default_scale > 0 else 1.0
+
+
 def _config(adapter: Adapter) -> dict[str, Any]:
     ranks = {
         module.layout.pattern: module.rank * module.step
         for module in adapter.modules.values()
         if module.layout.pattern is not None
     }
-    config = squeezed_config(adapter.config, ranks, adapter.default_scale, adapter.dropped)
+    config = squeezed_config(adapter.config, ranks, _scale(adapter), adapter.dropped)
     if adapter.dropped and all(module.kind == "experts" for module in adapter.modules.values()):
         config["target_modules"] = []  # target_parameters alone: PEFT warns of target modules that it does not find
     return config
