@@ -245,4 +245,4 @@ class Adapter:
         Raises:
             LoraSqueezeError: the target exists and `force` is not given, or a tensor cannot be written as asked.
         """
-        self.format.save(self, Path(path), force=force, progress=progress)
+        self.format.save(self, Path(path).expanduser(), force=force, progress=progress)

@@ -44,7 +44,7 @@ class Budget:
 
 
 FULL = Budget(steps=80, held_out=200)
-QUICK = Budget(steps=25, held_out=50)
+QUICK = Budget(steps=20, held_out=50)
 
 
 def choose_device(asked: str | None) -> torch.device:
