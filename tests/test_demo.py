@@ -16,8 +16,9 @@ from torch.nn.functional import cross_entropy
 
 from lora_squeeze.demo import evaluate, model, source, task, train
 from lora_squeeze.demo.run import run_demo
-from lora_squeeze.demo.settings import Settings, autocast, choose_device
+from lora_squeeze.demo.settings import Settings
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.runtime import autocast, choose_device
 
 CPU = torch.device("cpu")
 END = 0

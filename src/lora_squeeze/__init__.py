@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_squeeze.adapter import Adapter as Adapter
+    from lora_squeeze.adaptive import Adaptive as Adaptive
     from lora_squeeze.errors import LoraSqueezeError as LoraSqueezeError
     from lora_squeeze.hub import load as load
     from lora_squeeze.lowrank import LowRank as LowRank
     from lora_squeeze.post_squeeze import squeeze as squeeze
     from lora_squeeze.report import Report as Report
     from lora_squeeze.report import inspect as inspect
+    from lora_squeeze.schedule import Schedule as Schedule
+    from lora_squeeze.schedule import make_schedule as make_schedule
+    from lora_squeeze.training.callback import SqueezeCallback as SqueezeCallback
+    from lora_squeeze.training.inplace import squeeze_ as squeeze_
+    from lora_squeeze.training.squeezer import Squeezer as Squeezer
+    from lora_squeeze.training.statistics import calibrate as calibrate
 
     __version__: str
 
@@ -25,6 +32,13 @@ _HOME = {
     "LowRank": "lowrank",
     "Report": "report",
     "LoraSqueezeError": "errors",
+    "Adaptive": "adaptive",
+    "Schedule": "schedule",
+    "make_schedule": "schedule",
+    "SqueezeCallback": "training.callback",
+    "Squeezer": "training.squeezer",
+    "squeeze_": "training.inplace",
+    "calibrate": "training.statistics",
 }
 __all__ = [*_HOME, "__version__"]
 

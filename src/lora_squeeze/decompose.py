@@ -27,7 +27,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lora_squeeze.errors import LoraSqueezeError
@@ -44,6 +44,7 @@ _EIGENVALUE_FLOOR = 1e-9
 _INVERSE_CEILING = 2e4
 # Float32 projections lose eps32 * sqrt(sum |b_i|^2 |a_i|^2): harmless unless the factors cancel each other.
 _CANCELLATION_CEILING = 100.0
+_PINV_FLOOR = 1e-6
 _CHUNK_ELEMENTS = 2**18  # 2 MiB of float64: converted pieces of a long factor stay in the cache
 
 
@@ -62,6 +63,7 @@ class Decomposition:
         Y: (*batch, q, in), A itself or an orthonormal basis of its rows.
         total: (*batch,) float64, sum of ALL squared singular values (rsvd finds only the first ones).
         dead_norm: (*batch,) float64, length given to a row of A' whose singular value is zero when all are zero.
+        given: (*batch,) bool, X and Y are the factors B and A themselves.
     """
 
     X: Float[Tensor, "*batch out p"]
@@ -71,6 +73,7 @@ class Decomposition:
     Y: Float[Tensor, "*batch q in"]
     total: Float[Tensor, "*batch"]
     dead_norm: Float[Tensor, "*batch"]
+    given: Bool[Tensor, "*batch"]
 
     def scaled(self, factor: float) -> Decomposition:
         """The decomposition of `factor` times the update."""
@@ -98,6 +101,47 @@ class Decomposition:
         Returns:
             B' (*batch, out, k) and A' (*batch, k, in), contiguous.
         """
+        P, R = self._within(rank, scale)
+        new_B = self.X.new_empty((*self.X.shape[:-1], rank), dtype=dtype)
+        new_A = self.Y.new_empty((*self.Y.shape[:-2], rank, self.Y.shape[-1]), dtype=dtype)
+        _project(self.X, P, new_B, -2)
+        _project(self.Y, R, new_A, -1)
+        return new_B, new_A
+
+    def coordinates(
+        self,
+        B: Float[Tensor, "*batch out r"],
+        A: Float[Tensor, "*batch r in"],
+        rank: int,
+        scale: float,
+    ) -> tuple[Float[Tensor, "*batch r k"], Float[Tensor, "*batch k r"]]:
+        """P and R such that the new factors are B' = B @ P and A' = R @ A: what carries gradients to new coordinates.
+
+        Args:
+            B, A: the factors that were decomposed.
+            rank, scale: as for `factors`.
+
+        Returns:
+            P (*batch, r, k) and R (*batch, k, r), float64.
+
+        Notes:
+            Where a basis was computed instead (ill-conditioned or rank-deficient factors), a pseudo-inverse leads back
+            to the factors. It leaves out directions below 1e-6 of the largest: B @ P is then B' to that accuracy, and
+            no entry of a map exceeds what float32 quantities can bear.
+        """
+        P, R = self._within(rank, scale)
+        if bool(self.given.all()):
+            return P, R
+        wide_B, wide_A = B.detach().to(P), A.detach().to(P)
+        from_B = torch.linalg.pinv(self.X.to(P).mT @ wide_B, rtol=_PINV_FLOOR) @ P
+        from_A = R @ torch.linalg.pinv(wide_A @ self.Y.to(P).mT, rtol=_PINV_FLOOR)
+        own = self.given[..., None, None]
+        if self.X.shape[-1] != B.shape[-1]:  # a basis of other width: no item is given
+            return from_B, from_A
+        return torch.where(own, P, from_B), torch.where(own, R, from_A)
+
+    def _within(self, rank: int, scale: float) -> tuple[Float[Tensor, "*batch p k"], Float[Tensor, "*batch k q"]]:
+        """B' = X @ P and A' = R @ Y."""
         S = self.S[..., :rank]
         floor = max(self.X.shape[-2], self.Y.shape[-1]) * torch.finfo(torch.float64).eps
         live = self.S[..., :1].clamp_min(torch.finfo(torch.float64).tiny) * floor < S
@@ -106,11 +150,7 @@ class Decomposition:
         spare = torch.where(live.any(-1), median, self.dead_norm).unsqueeze(-1)
         P = self.left[..., :rank] * root.unsqueeze(-2)
         R = self.right[..., :rank, :] * torch.where(live, root, spare).unsqueeze(-1)
-        new_B = self.X.new_empty((*self.X.shape[:-1], rank), dtype=dtype)
-        new_A = self.Y.new_empty((*self.Y.shape[:-2], rank, self.Y.shape[-1]), dtype=dtype)
-        _project(self.X, P, new_B, -2)
-        _project(self.Y, R, new_A, -1)
-        return new_B, new_A
+        return P, R
 
 
 def decompose(
@@ -203,8 +243,8 @@ def _gram(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Decomposition]:
     With G = B^T B = L L^T the columns of B L^-T are orthonormal, and with H = A A^T,
     (L^T A)(L^T A)^T = L^T H L = V S^2 V^T, so U = B L^-T V and Vh = S^-1 V^T L^T A.
     """
-    G = torch.cat([_gram_of_columns(B) for B, _ in pairs])
-    H = torch.cat([_gram_of_columns(A.mT) for _, A in pairs])
+    G = torch.cat([gram_of_columns(B) for B, _ in pairs])
+    H = torch.cat([gram_of_columns(A.mT) for _, A in pairs])
     b2, a2 = G.diagonal(dim1=-2, dim2=-1), H.diagonal(dim1=-2, dim2=-1)
     finite = b2.isfinite().all(-1) & a2.isfinite().all(-1)
     if not finite.all():  # NaN, infinity, or float64 factors too large to square: qr tells them apart
@@ -223,13 +263,14 @@ def _gram(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Decomposition]:
     exact = good & (reach < _CANCELLATION_CEILING**2 * eigenvalues[:, 0])  # float32 projections will do
 
     S = eigenvalues.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-    small = (L_inverse_T @ V, S, (V / S.unsqueeze(-2)).mT @ L.mT, S.square().sum(-1), _median_row_norm(a2), good, exact)
+    right = (V / S.unsqueeze(-2)).mT @ L.mT
+    small = (L_inverse_T @ V, S, right, S.square().sum(-1), _median_row_norm(a2), good, exact)
     results = []
     for (B, A), *parts in zip(pairs, *(t.split([len(B) for B, _ in pairs]) for t in small), strict=True):
         left, S, right, total, dead_norm, good, exact = parts
         if not exact.all():
             B, A = B.to(torch.float64, copy=True), A.to(torch.float64, copy=True)
-        found = Decomposition(B, left, S, right, A, total, dead_norm)
+        found = Decomposition(B, left, S, right, A, total, dead_norm, good)
         bad = (~good).nonzero().squeeze(-1)
         if len(bad):
             redone = _in_unit_range(_qr, B[bad], A[bad])
@@ -258,12 +299,12 @@ def _qr(B: Tensor, A: Tensor) -> Decomposition:
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.mT)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    return Decomposition(Q_B, U, S, Vh, Q_A.mT, S.square().sum(-1), S[:, 0])
+    return Decomposition(Q_B, U, S, Vh, Q_A.mT, S.square().sum(-1), S[:, 0], _none(S))
 
 
 def _rsvd(B: Tensor, A: Tensor, rank: int, seed: int) -> Decomposition:
     """Randomised SVD of B @ A (algorithm 1 of the paper), the product applied factor by factor."""
-    total = (_gram_of_columns(B) * _gram_of_columns(A.mT)).sum((-2, -1)).clamp_min(0)
+    total = (gram_of_columns(B) * gram_of_columns(A.mT)).sum((-2, -1)).clamp_min(0)
     generator = torch.Generator().manual_seed(seed)
     width = min(rank + OVERSAMPLING, B.shape[-2], A.shape[-1])
     sketch = torch.randn(A.shape[-1], width, generator=generator, dtype=torch.float64).to(B.device)
@@ -275,7 +316,7 @@ def _rsvd(B: Tensor, A: Tensor, rank: int, seed: int) -> Decomposition:
     Q = torch.linalg.qr(Y).Q
     U, S, Vh = torch.linalg.svd((Q.mT @ B) @ A, full_matrices=False)
     eye = torch.eye(rank, dtype=torch.float64, device=B.device).expand(len(B), -1, -1)
-    return Decomposition(Q, U[..., :rank], S[..., :rank], eye, Vh[..., :rank, :], total, S[:, 0])
+    return Decomposition(Q, U[..., :rank], S[..., :rank], eye, Vh[..., :rank, :], total, S[:, 0], _none(S))
 
 
 def _dense(B: Tensor, A: Tensor) -> Decomposition:
@@ -284,11 +325,22 @@ def _dense(B: Tensor, A: Tensor) -> Decomposition:
     n = min(B.shape[-1], S.shape[-1])  # the others are zero by construction
     U, S, Vh = U[..., :n], S[..., :n], Vh[..., :n, :]
     eye = torch.eye(n, dtype=torch.float64, device=B.device).expand(len(B), -1, -1)
-    return Decomposition(U, eye, S, eye, Vh, S.square().sum(-1), S[:, 0])
+    return Decomposition(U, eye, S, eye, Vh, S.square().sum(-1), S[:, 0], _none(S))
 
 
-def _gram_of_columns(X: Float[Tensor, "batch n r"]) -> Float[Tensor, "batch r r"]:
-    """X^T X in float64, converted piece by piece."""
+def _none(S: Tensor) -> Tensor:
+    return torch.zeros(len(S), dtype=torch.bool, device=S.device)
+
+
+def gram_of_columns(X: Float[Tensor, "batch n r"]) -> Float[Tensor, "batch r r"]:
+    """X^T X in float64, converted piece by piece.
+
+    Args:
+        X: (batch, n, r), any float dtype; n is the long axis.
+
+    Returns:
+        (batch, r, r) float64.
+    """
     gram = X.new_zeros((X.shape[0], X.shape[2], X.shape[2]), dtype=torch.float64)
     # NumPy sees that both operands are one matrix and computes one triangle only (syrk); torch computes both. But its
     # threads and torch's hinder each other: with more than one of torch's, small products take ten times as long.

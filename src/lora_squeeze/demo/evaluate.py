@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lora_squeeze.demo.settings import autocast
 from lora_squeeze.demo.task import IGNORED, Batch
 from lora_squeeze.demo.train import completion_logits
+from lora_squeeze.runtime import autocast
 
 
 @dataclass(frozen=True)

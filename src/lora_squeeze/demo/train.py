@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lora_squeeze.demo.settings import Settings, autocast
+from lora_squeeze.demo.settings import Settings
 from lora_squeeze.demo.task import COMPLETION_TOKENS, IGNORED, Batch
+from lora_squeeze.runtime import autocast
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Report = Callable[[int, float], None]

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -318,10 +319,8 @@ def _config(adapter: Adapter) -> dict[str, Any]:
 
 def _metadata(adapter: Adapter, digest: str | None) -> dict[str, str]:
     """The header's strings: those of the source, and the steps done, the last with the digest of its input file."""
-    from lora_squeeze import __version__
-
     *earlier, last = adapter.history or ({"step": "copy"},)
-    last = {**last, "source_sha256": digest, "lora_squeeze": __version__}
+    last = {**last, "source_sha256": digest, "lora_squeeze": version("lora-squeeze")}
     return {**adapter.metadata, HISTORY_KEY: json.dumps([*earlier, last], sort_keys=True)}
 
 

@@ -93,14 +93,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     if "fine_tune_type" in config and "peft_type" not in config:
         raise LoraSqueezeError(f"{path}: this is an mlx-lm adapter, not a PEFT one; mlx-lm adapters are not read yet")
     try:
-        _check_kind(config)
+        check_kind(config)
         _check_numbers(config)
     except LoraSqueezeError as error:
         raise LoraSqueezeError(f"{path}: {error}") from None
     return config
 
 
-def _check_kind(config: Mapping[str, Any]) -> None:
+def check_kind(config: Mapping[str, Any]) -> None:
+    """Refuse a kind of adapter whose update is not scale * B @ A.
+
+    Raises:
+        LoraSqueezeError: with the reason and a way out.
+    """
     kind = config.get("peft_type")
     if kind != "LORA":
         raise LoraSqueezeError(

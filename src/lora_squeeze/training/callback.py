@@ -1,0 +1,291 @@
+"""SqueezeCallback: one line in a transformers or TRL trainer, and training ends at the rank to be deployed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler, ExportableState
+
+from lora_squeeze.adaptive import Adaptive
+from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.ranks import Allocation
+from lora_squeeze.schedule import MODES, Schedule, make_schedule
+from lora_squeeze.training.live import holder_of, live_modules, trained_adapters
+from lora_squeeze.training.resume import follow_loaded_ranks
+from lora_squeeze.training.squeezer import Squeezer
+
+STATISTICS_NAME = "squeeze_statistics.pt"
+_LOGGED = ("rank", "energy", "parameters_after", "loss_before", "loss_after")
+_FIXED = {
+    name for name in signature(make_schedule).parameters if name not in ("source_rank", "target_rank", "total_steps")
+}
+_ADAPTIVE = {field.name for field in fields(Adaptive)} - {"rank", "total_steps", "allocate"}
+
+
+class SqueezeCallback(TrainerCallback, ExportableState):
+    """Squeezes the adapter while a `transformers.Trainer` or a TRL trainer trains it.
+
+    The adapter begins at the rank of its LoraConfig and ends at `rank`; the number of steps stays the same. Pass it in
+    `callbacks=[...]` when the trainer is made, so that a resumed run can load a checkpoint of any stage.
+
+    Args:
+        rank: target rank.
+        mode: "in" squeezes step by step (default), "cont" once, with the last steps at the target rank, "post" once
+            after the last step, "adaptive" when the spectrum says that nothing is lost.
+        adapter: name of the adapter; default all that are active and trained.
+        allocate: "uniform": the same rank for all modules; "global": the parameters of that rank, spent where they
+            keep the most energy. Default uniform, and global for "adaptive".
+        optimizer_state: "transport" carries moments into the new coordinates (default), "reset" begins anew.
+        learning_rate: "continue" leaves the curve alone (default), "restart" runs the whole curve once per stage.
+        data_aware: truncate in the metric of inputs and gradients, collected while training.
+        in_place: "auto" (default), "replace" or "mask", as in `squeeze_`.
+        measure_loss: measure the negative log-likelihood of the labels of the last batch right before and after each
+            squeeze, where there are labels; for preference and reward training that is not the loss trained. Costs two
+            forward passes per squeeze.
+        schedule: further options, of `make_schedule` (ranks, squeezes, steps, min_steps, last_steps, train_after_last)
+            or, with "adaptive", of `Adaptive` (energy, loss, every, deadline).
+
+    Raises:
+        LoraSqueezeError: unknown options at once; a schedule that does not fit the adapter or the number of steps, an
+            adapter or optimiser that cannot be squeezed, or a changed schedule on resume before the first step.
+
+    Notes:
+        The trainer's trackers receive squeeze/rank, squeeze/energy, squeeze/parameters_after and the loss before and
+        after at each squeeze. If training stops early, or the best checkpoint of an earlier stage is loaded at the
+        end, the adapter is squeezed to the target then. Under DDP and FSDP2 parameters keep their shapes until the
+        end, with zeros in the unused directions.
+
+    Example:
+        >>> trainer = SFTTrainer(..., callbacks=[SqueezeCallback(rank=8)])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        *,
+        mode: str = "in",
+        adapter: str | None = None,
+        allocate: Allocation | None = None,
+        optimizer_state: str = "transport",
+        learning_rate: str = "continue",
+        data_aware: bool = False,
+        in_place: str = "auto",
+        measure_loss: bool = True,
+        **schedule: Any,
+    ) -> None:
+        if mode not in (*MODES, "adaptive"):
+            raise LoraSqueezeError(f"mode must be one of {', '.join((*MODES, 'adaptive'))}, got {mode!r}")
+        known = _ADAPTIVE if mode == "adaptive" else _FIXED - {"mode"}
+        unknown = sorted(schedule.keys() - known)
+        if unknown:
+            raise LoraSqueezeError(f"no option {unknown[0]!r} with mode {mode!r}; there are {', '.join(sorted(known))}")
+        self.rank, self.mode, self.adapter, self.schedule = rank, mode, adapter, schedule
+        self.measure_loss = measure_loss
+        self.options: dict[str, Any] = {
+            "optimizer_state": optimizer_state,
+            "learning_rate": learning_rate,
+            "data_aware": data_aware,
+            "in_place": in_place,
+        }
+        self.allocate: Allocation = allocate or ("global" if mode == "adaptive" else "uniform")
+        self.saved: dict[str, Any] | None = None
+        self.squeezers: dict[str, Squeezer] = {}
+        self._following: list[RemovableHandle] = []
+        self._batch: _LastBatch | None = None
+        self._pending: dict[str, float] = {}
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One entry per squeeze, oldest first."""
+        entries = [{"adapter": name, **entry} for name, s in self.squeezers.items() for entry in s.history]
+        return sorted(entries, key=lambda entry: int(entry["step"]))
+
+    def state(self) -> dict[str, Any]:
+        """What the trainer writes into its checkpoint."""
+        args = {
+            "rank": self.rank, "mode": self.mode, "adapter": self.adapter, "allocate": self.allocate,
+            "measure_loss": self.measure_loss, **self.options, **self.schedule,
+        }  # fmt: skip
+        saved = {name: squeezer.plain_state() for name, squeezer in self.squeezers.items()}
+        return {"args": args, "attributes": {"saved": saved or self.saved}}
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Refuse what cannot work, and get ready for a checkpoint of another rank."""
+        if model is None:  # made later by model_init
+            return
+        for name in self._adapters(model):
+            live_modules(model, name)
+            self._following.append(follow_loaded_ranks(model, name, lambda: None))
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Make the schedule, or take it up again."""
+        self._stop_following()
+        states: Any = state.stateful_callbacks  # by class name; annotated otherwise
+        stored = states.setdefault(type(self).__name__, self.state())
+        saved = self.saved or (stored["attributes"]["saved"] if isinstance(stored, Mapping) else None) or {}
+        if self.measure_loss:
+            self._batch = _LastBatch(model)
+        for name in self._adapters(model):
+            resumed = saved.get(name) if state.global_step else None
+            if resumed and (found := _statistics_of(args, state, name)):
+                resumed = {**resumed, "statistics": found}
+            squeezer = Squeezer(
+                model,
+                optimizer,
+                self._schedule(model, name, state.max_steps, resumed),
+                adapter=name,
+                allocate=self.allocate,
+                scheduler=lr_scheduler,
+                loss=self._batch.loss if self._batch else None,
+                state=resumed,
+                **self.options,
+            )
+            squeezer.steps_done = state.global_step
+            self.squeezers[name] = squeezer
+        _before_trackers(self)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Squeeze if it is time; the trainer logs that step."""
+        for squeezer in self.squeezers.values():
+            if squeezer.step() is not None:
+                self._note(squeezer)
+                control.should_log = True
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the figures of a squeeze to what the trackers receive."""
+        if self._pending and logs is not None:
+            logs.update(self._pending)
+            if state.log_history:
+                state.log_history[-1].update(self._pending)
+            self._pending = {}
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the statistics beside the checkpoint; they are too large for the trainer's JSON."""
+        folder = _checkpoint(args, state)
+        found = {n: s.statistics.state_dict() for n, s in self.squeezers.items() if s.statistics is not None}
+        if found and args.should_save and folder.is_dir():
+            torch.save(found, folder / STATISTICS_NAME)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Squeeze to the target if training ended above it, and make all parameters small."""
+        for squeezer in self.squeezers.values():
+            if squeezer.finish() is not None:
+                self._note(squeezer)
+        if self._pending:
+            state.log_history.append({**self._pending, "step": state.global_step})
+            self._pending = {}
+        if self._batch is not None:
+            self._batch.close()
+
+    def _adapters(self, model: nn.Module) -> list[str]:
+        return trained_adapters(model) if self.adapter is None else [self.adapter]
+
+    def _schedule(
+        self, model: nn.Module, adapter: str, steps: int, saved: Mapping[str, Any] | None
+    ) -> Schedule | Adaptive:
+        if self.mode == "adaptive":
+            return Adaptive(self.rank, steps, allocate=self.allocate, **self.schedule)
+        ranks = (saved or {}).get("schedule", {}).get("ranks")
+        source = ranks[0] if ranks else max(m.width * m.step for m in live_modules(model, adapter))
+        return make_schedule(source, self.rank, steps, mode=self.mode, **self.schedule)
+
+    def _note(self, squeezer: Squeezer) -> None:
+        prefix = "squeeze/" if len(self.squeezers) == 1 else f"squeeze/{squeezer.adapter}/"
+        entry = squeezer.history[-1]
+        self._pending.update({prefix + key: entry[key] for key in _LOGGED if key in entry})
+
+    def _stop_following(self) -> None:
+        for handle in self._following:
+            handle.remove()
+        self._following = []
+
+
+class _LastBatch:
+    """The inputs of the model's last training forward pass, to measure the loss on before and after a squeeze."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: nn.Module = holder_of(model)
+        self._inputs: dict[str, Any] | None = None
+        self._hook = self._model.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled() and not args and kwargs.get("labels") is not None:
+            # Without the number of items, by which a share of an accumulated batch is divided, it is the plain mean.
+            self._inputs = {key: value for key, value in kwargs.items() if key != "num_items_in_batch"}
+
+    def loss(self) -> Tensor:
+        """The loss on it, the mean over the labels; not a number where the model tells none."""
+        if self._inputs is None:
+            return torch.tensor(torch.nan)
+        outputs = self._model(**self._inputs)
+        if getattr(outputs, "loss", None) is not None:
+            loss: Tensor = outputs.loss
+            return loss
+        if getattr(outputs, "log_probs", None) is not None:  # TRL asks the model for these instead of a loss
+            likelihood: Tensor = outputs.log_probs.sum() / outputs.label_mask.sum()
+            return -likelihood
+        return torch.tensor(torch.nan)
+
+    def close(self) -> None:
+        """Forget the batch and the model's hook."""
+        self._hook.remove()
+        self._inputs = None
+
+
+def _before_trackers(callback: SqueezeCallback) -> None:
+    """Move a callback to the front of the trainer's list, so that what it adds to the logs reaches the trackers.
+
+    A trainer puts its trackers first and tells a callback nothing about the list, so it is found on the call stack.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+            # A new list: the handler is going through the old one right now.
+            handler.callbacks = [callback, *(other for other in handler.callbacks if other is not callback)]
+            return
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _statistics_of(args: TrainingArguments, state: TrainerState, adapter: str) -> dict[str, Any] | None:
+    for folder in (args.resume_from_checkpoint, _checkpoint(args, state)):
+        if isinstance(folder, str | Path) and (path := Path(folder) / STATISTICS_NAME).is_file():
+            found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return found.get(adapter)
+    return None

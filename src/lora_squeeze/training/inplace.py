@@ -1,0 +1,325 @@
+"""Squeeze a live model in place: the truncation and the maps to the new factors; `commit` puts them into place.
+
+With B' = B P and A' = R A (P and R are r x k), every quantity that belongs to the old factors goes over to the new ones
+by small products; s is the scale before, s' the one after (the same here):
+
+============================  ==================================================================================
+gradient, first moments       dL/dB' = (s'/s) dL/dB R^T, dL/dA' = (s'/s) P^T dL/dA: exact
+second moments                the same with squared coefficients: an approximation, covariances are not stored
+differences of parameters     least squares in the space of the update: B A ~ B' A'
+============================  ==================================================================================
+
+Where parameters cannot be replaced (DDP and FSDP hold on to them), they keep their shape: the new factors stand in the
+first k places and zeros in the others. A direction whose column of B and row of A are both zero has zero gradients, so
+it stays zero without any mask. `commit.compact` makes the parameters small once nobody holds them any more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_squeeze.decompose import Decomposition, decompose_all, gram_of_columns
+from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.lowrank import LowRank
+from lora_squeeze.moments import Moments, weighted_truncation
+from lora_squeeze.ranks import Allocation, Limits, Unit, choose
+from lora_squeeze.training.commit import New, commit
+from lora_squeeze.training.live import (
+    LiveModule,
+    is_sharded,
+    live_modules,
+    only_adapter,
+    tied_pairs,
+)
+from lora_squeeze.training.optimizer_state import STATE_POLICIES, check_optimizer, unwrapped
+
+PLACEMENTS = ("auto", "replace", "mask")
+
+
+@dataclass(frozen=True)
+class Squeezed:
+    """What a squeeze in place has done.
+
+    Args:
+        ranks: module -> rank after, as PEFT counts it.
+        energy: share of the squared singular values kept, over all modules together.
+        parameters, parameters_after: numbers in the factors in use.
+        seconds: time taken.
+        maps: path of the layer -> (P, R) of the modules that changed: B' = B P, A' = R A.
+    """
+
+    ranks: dict[str, int]
+    energy: float
+    parameters: int
+    parameters_after: int
+    seconds: float
+    maps: dict[str, tuple[Tensor, Tensor]] = field(repr=False)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank after."""
+        return max(self.ranks.values())
+
+
+def squeeze_(
+    model: nn.Module,
+    rank: int | None = None,
+    *,
+    energy: float | None = None,
+    params: int | None = None,
+    ranks: Mapping[str, int] | None = None,
+    allocate: Allocation | None = None,
+    optimizer: Any = None,
+    adapter: str | None = None,
+    optimizer_state: str = "transport",
+    moments: Mapping[str, Moments] | None = None,
+    in_place: str = "auto",
+) -> Squeezed:
+    """Squeeze the LoRA of a live PEFT model to a lower rank, now; the optimiser goes on in the new coordinates.
+
+    Call it between two steps, after the gradients are set to zero. The scale s of every layer stays, so lora_alpha
+    follows the rank: lora_alpha = s * rank. Everything is computed before anything is changed; a failure half-way is
+    rolled back.
+
+    Args:
+        model: a PEFT model, or a transformers model with an adapter; wrapped by DDP, FSDP2 or torch.compile or not.
+        rank: the rank for all modules, as PEFT counts it; modules with less keep what they have.
+        energy: instead of a rank, the share of the squared singular values to keep, in (0, 1].
+        params: instead of a rank, a budget of numbers in all factors.
+        ranks: instead of one rank, module name -> rank.
+        allocate: "each", "uniform" or "global", as in `lora_squeeze.squeeze`; "global" with a rank spends the
+            parameters of that uniform rank where they keep the most energy.
+        optimizer: the optimiser that trains the factors; accelerate's wrapper will do. Without one, only the model
+            changes: build the optimiser afterwards.
+        adapter: name of the adapter; default the one that is active and trained.
+        optimizer_state: "transport" carries moments over (see the module's table), "reset" begins anew.
+        moments: statistics of inputs and gradients by layer path, from `calibrate` or `Statistics`: the truncation
+            is then the best one in the metric of the data. Modules that are missing are squeezed plainly.
+        in_place: "replace" makes new, smaller parameters; "mask" keeps their shapes and sets the unused directions to
+            zero; "auto" masks under a process group of several processes and for sharded parameters.
+
+    Returns:
+        Squeezed: ranks, energy kept, parameters before and after.
+
+    Raises:
+        LoraSqueezeError: not one rule, a rank above the present ones, an adapter that cannot be squeezed, an optimiser
+            whose state is not known, NaN in a factor. Nothing has changed then.
+
+    Notes:
+        Costs one decomposition per module, 2 (out + in) r^2 operations in float64. The global random generator is not
+        touched.
+
+    Example:
+        >>> squeeze_(peft_model, rank=8, optimizer=optimizer)  # doctest: +SKIP
+    """
+    start = time.perf_counter()
+    name = only_adapter(model) if adapter is None else adapter
+    modules = live_modules(model, name)
+    optimizer = None if optimizer is None else unwrapped(optimizer)
+    check_request(modules, optimizer, optimizer_state, in_place)
+    updates = [module.update() for module in modules]
+    found = decomposed(modules, updates)
+    target = _target_ranks(modules, updates, found, rank, energy, params, ranks, allocate)
+    before = sum(m.cost * u.rank for m, u in zip(modules, updates, strict=True))
+    new = [
+        _truncated(module, update, item, target[module.name], (moments or {}).get(module.path))
+        for module, update, item in zip(modules, updates, found, strict=True)
+        if target[module.name] < update.rank
+    ]
+    _agree(new)
+    new = _tied(new, modules)
+    replace_parameters = replaces(modules, in_place)
+    commit(model, name, modules, new, optimizer, optimizer_state, replace_parameters)
+    total = sum(float(item.total.sum()) for item in found)
+    after = {
+        m.name: (target[m.name] if target[m.name] < u.rank else u.rank) for m, u in zip(modules, updates, strict=True)
+    }
+    return Squeezed(
+        ranks={m.name: after[m.name] * m.step for m in modules},
+        energy=1.0 - sum(item.lost for item in new) / total if total else 1.0,
+        parameters=before,
+        parameters_after=sum(m.cost * after[m.name] for m in modules),
+        seconds=time.perf_counter() - start,
+        maps={item.module.path: (item.P, item.R) for item in new},
+    )
+
+
+def check_request(modules: Sequence[LiveModule], optimizer: Any, optimizer_state: str, in_place: str) -> None:
+    """Refuse what cannot be done, before the first step or before anything changes."""
+    if optimizer_state not in STATE_POLICIES:
+        raise LoraSqueezeError(f"optimizer_state must be one of {', '.join(STATE_POLICIES)}, got {optimizer_state!r}")
+    if in_place not in PLACEMENTS:
+        raise LoraSqueezeError(f"in_place must be one of {', '.join(PLACEMENTS)}, got {in_place!r}")
+    if in_place == "replace" and is_sharded(modules):
+        raise LoraSqueezeError("sharded parameters cannot be replaced; use in_place='mask' or 'auto'")
+    if optimizer is not None:
+        trained = [p for m in modules for p in (m.A, m.B) if p.requires_grad]
+        check_optimizer(unwrapped(optimizer), trained, optimizer_state)
+        codes = type(unwrapped(optimizer)).__name__.endswith("8bit")
+        if codes and not replaces(modules, in_place) and modules[0].A.device.type == "cpu":
+            # bitsandbytes 0.50 has no code for zero there, so unused directions would drift away from it.
+            raise LoraSqueezeError(
+                f"{type(unwrapped(optimizer)).__name__} on the CPU cannot keep unused directions at zero; use "
+                "in_place='replace', or an optimiser with full states"
+            )
+
+
+def replaces(modules: Sequence[LiveModule], in_place: str) -> bool:
+    """Whether parameters are replaced by smaller ones, or keep their shape."""
+    if in_place == "auto":
+        return not is_sharded(modules) and _processes() == 1
+    return in_place == "replace"
+
+
+def _processes() -> int:
+    return torch.distributed.get_world_size() if _distributed() else 1
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def decomposed(modules: Sequence[LiveModule], updates: Sequence[LowRank]) -> list[Decomposition]:
+    """Decompositions of all updates; the error for NaN names the module."""
+    try:
+        found = decompose_all([(update.B, update.A) for update in updates])
+    except LoraSqueezeError:
+        for module, update in zip(modules, updates, strict=True):
+            try:
+                update.decompose("qr")
+            except LoraSqueezeError as error:
+                raise LoraSqueezeError(f"{module.name}: {error}") from None
+        raise
+    return [item.scaled(update.scale) for item, update in zip(found, updates, strict=True)]
+
+
+def grouped(modules: Sequence[LiveModule]) -> dict[str, list[LiveModule]]:
+    """Modules that share a rank, by the name of the first, in the model's order."""
+    groups: dict[str, list[LiveModule]] = {}
+    for module in modules:
+        groups.setdefault(module.group or module.name, []).append(module)
+    return {members[0].name: members for members in groups.values()}
+
+
+def units_of(
+    modules: Sequence[LiveModule], updates: Sequence[LowRank], found: Sequence[Decomposition]
+) -> list[tuple[Unit, list[LiveModule]]]:
+    """What shares a rank, with spectrum and cost, for `lora_squeeze.ranks`."""
+    rank = {module.name: update.rank for module, update in zip(modules, updates, strict=True)}
+    S = {module.name: item.S.reshape(-1, item.S.shape[-1]) for module, item in zip(modules, found, strict=True)}
+    return [
+        (
+            Unit(
+                name=name,
+                rank=max(rank[m.name] for m in members),
+                values=[row for m in members for row in S[m.name].tolist()],
+                cost=sum(m.cost for m in members),
+                floor=1,
+                step=max(m.step for m in members),
+            ),
+            members,
+        )
+        for name, members in grouped(modules).items()
+    ]
+
+
+def _target_ranks(
+    modules: Sequence[LiveModule],
+    updates: Sequence[LowRank],
+    found: Sequence[Decomposition],
+    rank: int | None,
+    energy: float | None,
+    params: int | None,
+    ranks: Mapping[str, int] | None,
+    allocate: Allocation | None,
+) -> dict[str, int]:
+    """Rank of each module's update after the squeeze."""
+    asked = {key: v for key, v in dict(rank=rank, energy=energy, params=params, ranks=ranks).items() if v is not None}
+    if len(asked) != 1:
+        raise LoraSqueezeError(f"give one of rank, energy, params or ranks, got {', '.join(asked) or 'none'}")
+    if ranks is not None:
+        return _named_ranks(modules, updates, ranks)
+    units = units_of(modules, updates, found)
+    top = max(unit.rank * unit.step for unit, _ in units)
+    if rank is not None and rank > top:
+        raise LoraSqueezeError(f"rank {rank} is above the present rank {top}; a squeeze only goes down")
+    rule = next(iter(asked))
+    value = float(rank or energy or params or 0)
+    chosen = choose([unit for unit, _ in units], rule, value, allocate, Limits(floor=1))
+    return {module.name: k for k, (_, members) in zip(chosen, units, strict=True) for module in members}
+
+
+def _named_ranks(modules: Sequence[LiveModule], updates: Sequence[LowRank], ranks: Mapping[str, int]) -> dict[str, int]:
+    unknown = [name for name in ranks if name not in {m.name for m in modules}]
+    if unknown:
+        raise LoraSqueezeError(f"no module {unknown[0]!r} in the adapter; it has {modules[0].name}, ...")
+    target = {}
+    for module, update in zip(modules, updates, strict=True):
+        wanted = ranks.get(module.name, update.rank * module.step)
+        if wanted < 1 or wanted % module.step or wanted > update.rank * module.step:
+            raise LoraSqueezeError(
+                f"{module.name}: rank {wanted} is impossible; it has {update.rank * module.step} now"
+                + (f" and needs a multiple of {module.step}" if module.step > 1 else "")
+            )
+        target[module.name] = wanted // module.step
+    for group in {m.group for m in modules if m.group}:
+        if len(found := {target[m.name] for m in modules if m.group == group}) > 1:
+            raise LoraSqueezeError(f"{group}: PEFT loads these with one rank, got {sorted(found)}")
+    return target
+
+
+def _truncated(module: LiveModule, update: LowRank, found: Decomposition, rank: int, moments: Moments | None) -> New:
+    """The new factors and the maps to them, plain or in the metric of the data."""
+    exact = torch.promote_types(update.dtype, torch.float32)
+    if moments is None:
+        rank = min(rank, found.S.shape[-1])
+        B, A = found.factors(rank, abs(update.scale), exact)
+        P, R = found.coordinates(update.B, update.A, rank, abs(update.scale))
+        lost = float((found.total - found.S[..., :rank].square().sum(-1)).clamp_min(0).sum())
+        return New(module, update, *_signed(update, B, A, P), R, lost)
+    copies = update.B.ndim == 3
+    wide_B, wide_A = (factor if copies else factor[None] for factor in (update.B, update.A))
+    G, H = gram_of_columns(wide_B), gram_of_columns(wide_A.mT)
+    G, H = (G, H) if copies else (G[0], H[0])
+    P, R, _ = weighted_truncation(moments, G, H, rank)
+    rest = torch.eye(update.rank, dtype=P.dtype, device=P.device) - P @ R
+    lost = update.scale**2 * float((rest.mT @ G @ rest * H.mT).sum().clamp_min(0))
+    return New(module, update, (update.B.to(P) @ P).to(update.B), (R @ update.A.to(R)).to(update.A), P, R, lost)
+
+
+def _signed(update: LowRank, B: Tensor, A: Tensor, P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In the dtype of the update, and for its scale, which may be negative."""
+    sign = -1.0 if update.scale < 0 else 1.0
+    return (B * sign).to(update.B), A.to(update.A), P * sign
+
+
+def _tied(new: list[New], modules: Sequence[LiveModule]) -> list[New]:
+    """An output head that shares its factors with the embedding gets the transposed ones."""
+    pairs = tied_pairs(modules)
+    by_name = {item.module.name: item for item in new}
+    result = []
+    for item in new:
+        source = by_name.get(pairs.get(item.module.name, ""))
+        if source is None:
+            result.append(item)
+        else:
+            B, A, P, R = source.A.mT, source.B.mT, source.R.mT, source.P.mT
+            result.append(New(item.module, item.old, B, A, P, R, item.lost))
+    return result
+
+
+def _agree(new: Iterable[New]) -> None:
+    """All processes take the first one's factors: a singular vector may have another sign elsewhere."""
+    if _processes() == 1:
+        return
+    for item in new:
+        for tensor in (item.B, item.A, item.P, item.R):
+            whole = tensor.contiguous()
+            torch.distributed.broadcast(whole, src=0)
+            tensor.copy_(whole)

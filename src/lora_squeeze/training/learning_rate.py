@@ -1,0 +1,48 @@
+"""The learning rate across squeezes: one curve over all, or the whole curve once per stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR
+
+from lora_squeeze.adaptive import Adaptive
+from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.schedule import Schedule
+
+
+def restart_each_stage(scheduler: Any, schedule: Schedule | Adaptive) -> None:
+    """Make a scheduler run its whole curve, warm-up included, once per stage, compressed to the stage's length.
+
+        factor(step) = curve((step - first step of the stage) * total steps / steps of the stage)
+
+    Args:
+        scheduler: a LambdaLR; accelerate's wrapper will do. Its functions are replaced by ones that can be pickled no
+            worse than before, and its state keeps its form.
+        schedule: one with stages of known length.
+
+    Raises:
+        LoraSqueezeError: no scheduler, another kind of scheduler, or an adaptive schedule.
+    """
+    if isinstance(schedule, Adaptive):
+        raise LoraSqueezeError("learning_rate='restart' needs stages of known length; an adaptive schedule has none")
+    inner = getattr(scheduler, "scheduler", scheduler)
+    if not isinstance(inner, LambdaLR):
+        raise LoraSqueezeError(
+            f"learning_rate='restart' needs a LambdaLR scheduler, got {type(inner).__name__}; use "
+            "learning_rate='continue', or restart the scheduler of your own"
+        )
+    inner.lr_lambdas = [_restarted(curve, schedule) for curve in inner.lr_lambdas]
+
+
+def _restarted(curve: Callable[[int], float], schedule: Schedule) -> Callable[[int], float]:
+    starts = (0, *schedule.boundaries)
+    total = schedule.total_steps
+
+    def factor(step: int) -> float:
+        stage = schedule.stage_after(min(step, total))
+        length = schedule.steps[stage]
+        return curve((step - starts[stage]) * total // length if length else total)
+
+    return factor

@@ -1,0 +1,308 @@
+"""Squeezer: squeezes a live model on schedule, in a plain PyTorch or accelerate loop.
+
+One call per optimiser step does all of it:
+
+    squeezer = Squeezer(model, optimizer, make_schedule(64, 8, total_steps=1000))
+    for batch in loader:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        squeezer.step()
+    squeezer.finish()
+    model.save_pretrained("adapter-r8")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_squeeze.adaptive import Adaptive
+from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.moments import Moments, predicted_curve
+from lora_squeeze.ranks import Allocation, Unit
+from lora_squeeze.schedule import Schedule
+from lora_squeeze.training.commit import compact, make_room
+from lora_squeeze.training.inplace import Squeezed, check_request, decomposed, grouped, squeeze_, units_of
+from lora_squeeze.training.learning_rate import restart_each_stage
+from lora_squeeze.training.live import LiveModule, live_modules, only_adapter
+from lora_squeeze.training.resume import follow_loaded_ranks
+from lora_squeeze.training.statistics import Statistics
+
+RATES = ("continue", "restart")
+
+
+class Squeezer:
+    """Squeezes one adapter of a live PEFT model when its schedule says so.
+
+    Args:
+        model: a PEFT model, or a transformers model with an adapter; wrapped by DDP, FSDP2 or torch.compile or not.
+        optimizer: the optimiser that trains it; accelerate's wrapper will do.
+        schedule: `make_schedule(...)`, or `Adaptive(...)` to squeeze when the spectrum allows it.
+        adapter: name of the adapter; default the one that is active and trained.
+        allocate: "uniform" gives every module the schedule's rank; "global" spends the parameters of that rank where
+            they keep the most energy.
+        optimizer_state: "transport" carries moments into the new coordinates, "reset" begins anew.
+        learning_rate: "continue" leaves the curve alone; "restart" runs the whole curve once per stage, which needs
+            `scheduler`.
+        scheduler: a torch LambdaLR (all schedulers of transformers by name but reduce_lr_on_plateau are).
+        data_aware: collect statistics of inputs and gradients while training and truncate in their metric.
+        in_place: "replace", "mask" or "auto", as in `squeeze_`.
+        loss: called without arguments, without gradients and in eval mode, right before and after each squeeze; its
+            values are recorded as the loss jump.
+        state: the `state_dict` of an interrupted run, to go on from; the same as `load_state_dict` afterwards, which
+            a model that has its later rank already would not reach.
+
+    Raises:
+        LoraSqueezeError: the schedule does not begin at the adapter's rank, an adapter that cannot be squeezed, an
+            optimiser whose state is not known. Nothing has changed then.
+
+    Attributes:
+        history: one entry per squeeze: step, ranks, energy, parameters, seconds, loss before and after.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        schedule: Schedule | Adaptive,
+        *,
+        adapter: str | None = None,
+        allocate: Allocation = "uniform",
+        optimizer_state: str = "transport",
+        learning_rate: str = "continue",
+        scheduler: Any = None,
+        data_aware: bool = False,
+        in_place: str = "auto",
+        loss: Callable[[], Tensor] | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.adapter = only_adapter(model) if adapter is None else adapter
+        self.optimizer_state, self.in_place, self.loss = optimizer_state, in_place, loss
+        self.allocate = allocate
+        self.steps_done = 0
+        self.history: list[dict[str, Any]] = []
+        modules = live_modules(model, self.adapter)
+        check_request(modules, optimizer, optimizer_state, in_place)
+        if state is None:
+            self._check_schedule(modules)
+        self.budget = 0
+        if isinstance(schedule, Adaptive):
+            self.budget = int(state["budget"]) if state else schedule.budget(_bare(modules))
+        if learning_rate not in RATES:
+            raise LoraSqueezeError(f"learning_rate must be one of {', '.join(RATES)}, got {learning_rate!r}")
+        if learning_rate == "restart":
+            restart_each_stage(scheduler, schedule)
+        wants_loss = isinstance(schedule, Adaptive) and schedule.loss is not None
+        self.data_aware = data_aware
+        self.statistics = Statistics(model, self.adapter) if data_aware or wants_loss else None
+        self._following = follow_loaded_ranks(model, self.adapter, lambda: self.optimizer)
+        if state is not None:
+            self.load_state_dict(state)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module now, as PEFT counts it."""
+        return max(m.rank() * m.step for m in live_modules(self.model, self.adapter))
+
+    @property
+    def target_rank(self) -> int:
+        """The rank at the end."""
+        return self.schedule.rank if isinstance(self.schedule, Adaptive) else self.schedule.ranks[-1]
+
+    def step(self) -> Squeezed | None:
+        """One optimiser step is done: squeeze if it is time. Call it after optimizer.step().
+
+        Returns:
+            What was done; None where it is not time.
+        """
+        self.steps_done += 1
+        if self.statistics is not None:
+            scaler = getattr(self.optimizer, "scaler", None)  # accelerate's, for float16
+            self.statistics.step(1.0 if scaler is None else float(scaler.get_scale()))
+        if isinstance(self.schedule, Adaptive):
+            ranks = self._adaptive_ranks(self.schedule) if self.schedule.due(self.steps_done) else None
+            return None if ranks is None else self._squeeze(ranks=ranks)
+        rank = self.schedule.rank_after(self.steps_done)
+        if rank == self.schedule.rank_after(self.steps_done - 1):
+            return None
+        return self._squeeze(rank=rank, allocate=self.allocate)
+
+    def finish(self) -> Squeezed | None:
+        """Training is over, early or as planned: squeeze what is still above the target, make all parameters small.
+
+        Returns:
+            What was done; None where the target had been reached.
+        """
+        done = None
+        modules = live_modules(self.model, self.adapter)
+        if isinstance(self.schedule, Adaptive):
+            if not self.schedule.met(_bare(modules), self.budget):
+                done = self._squeeze(params=self.budget, allocate=self.schedule.allocate)
+        elif self._above_target(modules):
+            done = self._squeeze(rank=self.target_rank, allocate=self.allocate)
+        compact(self.model, optimizer=self.optimizer, adapter=self.adapter, optimizer_state=self.optimizer_state)
+        self.close()
+        return done
+
+    def close(self) -> None:
+        """Remove all hooks from the model."""
+        self._following.remove()
+        if self.statistics is not None:
+            self.statistics.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside model and optimiser: plain numbers, texts and tensors."""
+        state = self.plain_state()
+        if self.statistics is not None:
+            state["statistics"] = self.statistics.state_dict()
+        return state
+
+    def plain_state(self) -> dict[str, Any]:
+        """The state without the statistics, ready for JSON."""
+        modules = live_modules(self.model, self.adapter)
+        return {
+            "steps_done": self.steps_done,
+            "schedule": _described(self.schedule),
+            "ranks": {m.name: m.width * m.step for m in modules},
+            "budget": self.budget,
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint. The model's layers take the checkpoint's ranks; load model and optimiser next.
+
+        Raises:
+            LoraSqueezeError: the checkpoint was written under another schedule.
+        """
+        mine, theirs = _described(self.schedule), dict(state["schedule"])
+        changed = [
+            key for key in sorted(mine.keys() | theirs.keys()) if _plain(mine.get(key)) != _plain(theirs.get(key))
+        ]
+        if changed:
+            told = "; ".join(f"{key} was {theirs.get(key)} and is {mine.get(key)}" for key in changed)
+            raise LoraSqueezeError(
+                f"the checkpoint was trained under another schedule: {told}; go on with the same settings and the same "
+                "number of steps, or begin anew"
+            )
+        make_room(self.model, state["ranks"], optimizer=self.optimizer, adapter=self.adapter)
+        self.steps_done, self.budget = int(state["steps_done"]), int(state["budget"])
+        self.history = [dict(entry) for entry in state["history"]]
+        if self.statistics is not None and "statistics" in state:
+            self.statistics.load_state_dict(state["statistics"])
+
+    def _squeeze(self, **how: Any) -> Squeezed:
+        before = self._loss()
+        aware = self.statistics is not None and self.data_aware
+        if self.statistics is not None:
+            self.statistics.synchronise()
+        done = squeeze_(
+            self.model,
+            optimizer=self.optimizer,
+            adapter=self.adapter,
+            optimizer_state=self.optimizer_state,
+            moments=self.statistics.moments() if aware and self.statistics is not None else None,
+            in_place=self.in_place,
+            **how,
+        )
+        if self.statistics is not None:
+            self.statistics.map(done.maps)
+        after = self._loss()
+        entry = {
+            "step": self.steps_done,
+            "rank": done.rank,
+            "lowest_rank": min(done.ranks.values()),
+            "energy": done.energy,
+            "parameters": done.parameters,
+            "parameters_after": done.parameters_after,
+            "seconds": done.seconds,
+        }
+        if before is not None and after is not None:
+            entry |= {"loss_before": before, "loss_after": after}
+        self.history.append(entry)
+        return done
+
+    def _loss(self) -> float | None:
+        if self.loss is None:
+            return None
+        quiet = self.statistics.pause() if self.statistics is not None else nullcontext()
+        with quiet, evaluating(self.model), torch.no_grad():
+            return float(self.loss())
+
+    def _adaptive_ranks(self, schedule: Adaptive) -> dict[str, int] | None:
+        modules = live_modules(self.model, self.adapter)
+        if schedule.met(_bare(modules), self.budget):
+            return None
+        updates = [module.update() for module in modules]
+        units = units_of(modules, updates, decomposed(modules, updates))
+        curves = None
+        if schedule.loss is not None and self.statistics is not None:
+            self.statistics.synchronise()
+            curves = [_loss_curve(members, self.statistics.moments()) for _, members in units]
+        chosen = schedule.choose(self.steps_done, [unit for unit, _ in units], self.budget, curves)
+        if chosen is None:
+            return None
+        return {m.name: k * m.step for k, (_, members) in zip(chosen, units, strict=True) for m in members}
+
+    def _check_schedule(self, modules: list[LiveModule]) -> None:
+        top = max(m.width * m.step for m in modules)
+        if isinstance(self.schedule, Adaptive):
+            if self.schedule.rank > top:
+                raise LoraSqueezeError(f"target rank {self.schedule.rank} is above the adapter's rank {top}")
+        elif top != self.schedule.ranks[0]:
+            raise LoraSqueezeError(
+                f"the schedule begins at rank {self.schedule.ranks[0]}, but the adapter has rank {top}; train it with "
+                f"LoraConfig(r={self.schedule.ranks[0]}), or make the schedule from {top}"
+            )
+
+    def _above_target(self, modules: list[LiveModule]) -> bool:
+        if self.allocate == "uniform":
+            return any(m.rank() > max(1, self.target_rank // m.step) for m in modules)
+        return self.steps_done < self.schedule.boundaries[-1] if isinstance(self.schedule, Schedule) else False
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own mode again after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _bare(modules: list[LiveModule]) -> list[Unit]:
+    """What shares a rank, with present ranks and costs but without spectra."""
+    return [
+        Unit(name, max(m.rank() for m in members), [], sum(m.cost for m in members), 1, max(m.step for m in members))
+        for name, members in grouped(modules).items()
+    ]
+
+
+def _loss_curve(members: list[LiveModule], moments: Mapping[str, Moments]) -> list[float]:
+    """Predicted increase of the loss by rank, summed over the modules that share it."""
+    curves = []
+    for module in members:
+        if module.path not in moments:
+            raise LoraSqueezeError(
+                f"{module.name}: the loss increase cannot be predicted for this layer; bound the energy instead"
+            )
+        curve = predicted_curve(moments[module.path], module.scale)
+        curves.append(curve.reshape(-1, curve.shape[-1]).sum(0).tolist())
+    return [sum(column) for column in zip(*curves, strict=True)]
+
+
+def _described(schedule: Schedule | Adaptive) -> dict[str, Any]:
+    return schedule.to_json() if isinstance(schedule, Schedule) else {"kind": "adaptive", **asdict(schedule)}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,372 @@
+"""Squeezer: a schedule carried out in a plain loop."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from training_cases import SOURCE, STEPS, TARGET, adamw, batch, model, train, trained_parameters
+
+from lora_squeeze import LoraSqueezeError
+from lora_squeeze.adaptive import Adaptive
+from lora_squeeze.schedule import Schedule, make_schedule
+from lora_squeeze.training.live import live_modules
+from lora_squeeze.training.squeezer import Squeezer
+
+
+def widths(network: torch.nn.Module) -> set[int]:
+    return {m.width for m in live_modules(network, "default")}
+
+
+def in_squeeze(steps: int = STEPS) -> Schedule:
+    return make_schedule(SOURCE, TARGET, steps)
+
+
+def test_ranks_follow_the_schedule() -> None:
+    network = model()
+    optimizer = adamw(network)
+    squeezer = Squeezer(network, optimizer, Schedule((8, 4, 2), (3, 4, 5)))
+    seen = []
+    for step in range(12):
+        train(network, optimizer, squeezer, [step])
+        seen.append(squeezer.rank)
+    assert seen == [8] * 2 + [4] * 4 + [2] * 6
+    assert [(e["step"], e["rank"]) for e in squeezer.history] == [(3, 4), (7, 2)]
+    assert squeezer.finish() is None
+
+
+def test_post_squeeze_comes_after_the_last_step() -> None:
+    network, plain = model(), model()
+    optimizer = adamw(network)
+    squeezer = Squeezer(network, optimizer, make_schedule(SOURCE, TARGET, 5, mode="post"))
+    losses = train(network, optimizer, squeezer, range(5))
+    assert widths(network) == {TARGET}
+    assert losses == train(plain, adamw(plain), None, range(5)), "until then, training is as without a squeeze"
+
+
+def test_learning_goes_on_across_squeezes() -> None:
+    """The loss right after a squeeze is near the one before, and falls on."""
+    network = model()
+    optimizer = adamw(network, lr=0.05)
+    probe = batch(999)
+    squeezer = Squeezer(network, optimizer, in_squeeze(60), loss=lambda: network(**probe).loss)
+    losses = train(network, optimizer, squeezer, [999] * 60)
+    fallen = losses[0] - losses[-1]
+    assert fallen > 0.3
+    assert all(abs(e["loss_after"] - e["loss_before"]) < fallen / 2 for e in squeezer.history)
+    assert losses[-1] < squeezer.history[-1]["loss_before"]
+    assert all(0.5 < e["energy"] <= 1 for e in squeezer.history)
+
+
+def test_full_rank_squeeze_leaves_the_loss_alone() -> None:
+    network = model()
+    optimizer = adamw(network)
+    train(network, optimizer, None, range(3))
+    probe = batch(999)
+    squeezer = Squeezer(network, optimizer, Adaptive(TARGET, 10, energy=1.0), loss=lambda: network(**probe).loss)
+    # Rank 2 everywhere by construction, so that the squeeze to the budget at the deadline loses nothing.
+    with torch.no_grad():
+        for module in live_modules(network, "default"):
+            module.B[:, TARGET:] = 0
+    train(network, optimizer, None, [])
+    squeezer.steps_done = 7
+    squeezer.step()
+    (entry,) = squeezer.history
+    assert entry["loss_after"] == pytest.approx(entry["loss_before"], abs=1e-6)
+
+
+def test_stopping_early_still_ends_at_the_target() -> None:
+    for network in (model(), model(lora_dropout=0.1)):
+        optimizer = adamw(network)
+        squeezer = Squeezer(network, optimizer, in_squeeze())
+        train(network, optimizer, squeezer, range(5))
+        assert widths(network) == {4}
+        assert squeezer.finish() is not None
+        assert widths(network) == {TARGET}
+        assert network.peft_config["default"].r == TARGET
+
+
+@pytest.mark.parametrize("way", ["replace", "mask"])
+@pytest.mark.parametrize("data_aware", [False, True])
+def test_masked_training_is_the_same(way: str, data_aware: bool) -> None:
+    network = model().double()
+    optimizer = adamw(network)
+    squeezer = Squeezer(network, optimizer, in_squeeze(), in_place=way, data_aware=data_aware)
+    losses = train(network, optimizer, squeezer, range(STEPS))
+    squeezer.finish()
+    reference = model().double()
+    other = adamw(reference)
+    expected = train(reference, other, Squeezer(reference, other, in_squeeze(), data_aware=data_aware), range(STEPS))
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert widths(network) == {TARGET}
+
+
+def test_global_allocation_spends_the_same_parameters() -> None:
+    network, uniform = model(), model()
+    optimizer, other = adamw(network), adamw(uniform)
+    squeezer = Squeezer(network, optimizer, in_squeeze(), allocate="global")
+    reference = Squeezer(uniform, other, in_squeeze())
+    train(network, optimizer, squeezer, range(STEPS))
+    train(uniform, other, reference, range(STEPS))
+    assert len(widths(network)) > 1, "ranks differ"
+    for mine, theirs in zip(squeezer.history, reference.history, strict=True):
+        assert mine["parameters_after"] <= theirs["parameters_after"]
+    assert squeezer.finish() is None
+
+
+def test_adaptive_reaches_the_budget_by_the_deadline() -> None:
+    network = model()
+    optimizer = adamw(network)
+    squeezer = Squeezer(network, optimizer, Adaptive(TARGET, 20, energy=0.99, every=2))
+    uniform = sum(m.cost * TARGET for m in live_modules(network, "default"))
+    train(network, optimizer, squeezer, range(20))
+    used = sum(m.cost * m.width for m in live_modules(network, "default"))
+    assert used <= uniform
+    assert squeezer.history[-1]["step"] <= 16
+    before_deadline = [e for e in squeezer.history if e["step"] < 16]
+    assert all(e["energy"] >= 0.99 - 1e-6 for e in before_deadline)
+
+
+def test_adaptive_by_predicted_loss_squeezes() -> None:
+    network = model()
+    optimizer = adamw(network)
+    squeezer = Squeezer(network, optimizer, Adaptive(TARGET, 20, loss=0.05, every=5))
+    train(network, optimizer, squeezer, range(20))
+    used = sum(m.cost * m.width for m in live_modules(network, "default"))
+    assert used <= squeezer.budget
+
+
+def test_restarted_learning_rate_runs_the_whole_curve_per_stage() -> None:
+    network = model()
+    optimizer = adamw(network)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 12)
+    squeezer = Squeezer(
+        network, optimizer, Schedule((8, 4, 2), (4, 4, 4)), learning_rate="restart", scheduler=scheduler
+    )
+    rates = []
+    for step in range(12):
+        rates.append(optimizer.param_groups[0]["lr"] / 1e-2)
+        train(network, optimizer, squeezer, [step], scheduler)
+    assert rates == pytest.approx([1, 0.75, 0.5, 0.25] * 3)
+
+
+def test_continued_learning_rate_is_not_touched() -> None:
+    network = model()
+    optimizer = adamw(network)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 12)
+    squeezer = Squeezer(network, optimizer, in_squeeze(), scheduler=scheduler)
+    rates = []
+    for step in range(STEPS):
+        rates.append(optimizer.param_groups[0]["lr"] / 1e-2)
+        train(network, optimizer, squeezer, [step], scheduler)
+    assert rates == pytest.approx([1 - step / 12 for step in range(12)])
+
+
+def saved(network: Any, optimizer: Any, squeezer: Any) -> dict[str, Any]:
+    """A checkpoint through a file, as people write it."""
+    file = io.BytesIO()
+    torch.save(
+        {
+            "model": get_peft_model_state_dict(network),
+            "optimizer": optimizer.state_dict(),
+            "squeezer": squeezer.state_dict(),
+        },
+        file,
+    )
+    file.seek(0)
+    found: dict[str, Any] = torch.load(file, weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize("way", ["replace", "mask"])
+@pytest.mark.parametrize("options", [{}, {"data_aware": True}, {"allocate": "global"}])
+@pytest.mark.parametrize("stop", [1, 3, 4, 5, 8, 11])
+def test_resumed_runs_are_bit_identical(stop: int, options: dict[str, Any], way: str) -> None:
+    """Right before a squeeze, right after it, and between; squeezes are due after 4 and after 8 steps."""
+    network = model()
+    optimizer = adamw(network)
+    squeezer = Squeezer(network, optimizer, in_squeeze(), in_place=way, **options)
+    train(network, optimizer, squeezer, range(stop))
+    checkpoint = saved(network, optimizer, squeezer)
+    expected = train(network, optimizer, squeezer, range(stop, STEPS))
+
+    again = model()
+    optimizer = adamw(again)
+    resumed = Squeezer(again, optimizer, in_squeeze(), in_place=way, state=checkpoint["squeezer"], **options)
+    set_peft_model_state_dict(again, checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    assert train(again, optimizer, resumed, range(stop, STEPS)) == expected
+    for key, value in get_peft_model_state_dict(network).items():
+        assert torch.equal(value, get_peft_model_state_dict(again)[key]), key
+    kept = ("step", "rank", "energy", "parameters_after")
+    history = [[{k: e[k] for k in kept} for e in s.history] for s in (squeezer, resumed)]
+    assert history[0] == history[1]
+
+
+def test_the_model_may_be_loaded_first() -> None:
+    network = model()
+    optimizer = adamw(network)
+    squeezer = Squeezer(network, optimizer, in_squeeze())
+    train(network, optimizer, squeezer, range(6))
+    checkpoint = saved(network, optimizer, squeezer)
+    again = model()
+    optimizer = adamw(again)
+    resumed = Squeezer(again, optimizer, in_squeeze())
+    set_peft_model_state_dict(again, checkpoint["model"])
+    assert widths(again) == {4}
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    resumed.load_state_dict(checkpoint["squeezer"])
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert [id(p) for p in held] == [id(p) for p in trained_parameters(again)]
+    assert train(again, optimizer, resumed, range(6, STEPS)) == train(
+        network, squeezer.optimizer, squeezer, range(6, STEPS)
+    )
+
+
+def test_another_schedule_on_resume_is_refused() -> None:
+    network = model()
+    state = Squeezer(network, adamw(network), in_squeeze()).state_dict()
+    with pytest.raises(
+        LoraSqueezeError, match=r"another schedule: steps was \[4, 4, 4\] and is \[5, 5, 5\]; go on with the same"
+    ):
+        Squeezer(network, adamw(network), in_squeeze(15)).load_state_dict(state)
+
+
+def test_gradient_accumulation_and_clipping_go_through_a_squeeze() -> None:
+    """Two half batches per step are the whole batch, before and after squeezes."""
+    runs = []
+    for parts in (1, 2):
+        network = model().double()
+        optimizer = adamw(network)
+        squeezer = Squeezer(network, optimizer, in_squeeze(), data_aware=True)
+        losses = []
+        for step in range(STEPS):
+            whole, total = batch(step), 0.0
+            for part in range(parts):
+                rows = slice(part * 4 // parts, (part + 1) * 4 // parts)
+                loss = network(**{key: value[rows] for key, value in whole.items()}).loss / parts
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            squeezer.step()
+            losses.append(total)
+        runs.append(losses)
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+
+
+def test_accelerates_wrappers_are_understood() -> None:
+    from accelerate import Accelerator
+
+    network = model()
+    accelerator = Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(network, adamw(network))
+    squeezer = Squeezer(prepared, optimizer, in_squeeze())
+    for step in range(STEPS):
+        accelerator.backward(prepared(**batch(step)).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        squeezer.step()
+    assert widths(network) == {TARGET}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert [id(p) for p in held] == [id(p) for p in trained_parameters(network)]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
+    runs = []
+    for checkpointing in (False, True):
+        network = model()
+        if checkpointing:
+            network.enable_input_require_grads()
+            network.activation_checkpointing_enable({"use_reentrant": reentrant})
+        optimizer = adamw(network)
+        squeezer = Squeezer(network, optimizer, in_squeeze(), data_aware=True)
+        runs.append(train(network, optimizer, squeezer, range(STEPS)))
+        assert widths(network) == {TARGET}
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+
+def test_autocast_to_bfloat16_trains_on() -> None:
+    network = model()
+    optimizer = adamw(network)
+    squeezer = Squeezer(network, optimizer, in_squeeze(), data_aware=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = train(network, optimizer, squeezer, range(STEPS))
+    assert losses[-1] < losses[0]
+    assert {m.A.dtype for m in live_modules(network, "default")} == {torch.float32}
+
+
+@pytest.mark.parametrize("way", ["replace", "mask"])
+def test_compiled_models_are_squeezed(way: str) -> None:
+    """A compiled graph notices parameters of another shape; kept shapes need no second compilation."""
+    torch.compiler.reset()
+    network = model()
+    reference = model()
+    optimizer, other = adamw(network), adamw(reference)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(network, backend=backend)
+    squeezer = Squeezer(compiled, optimizer, in_squeeze(), in_place=way)
+    losses = train(compiled, optimizer, squeezer, range(3))
+    first = len(graphs)
+    losses += train(compiled, optimizer, squeezer, range(3, STEPS))
+    expected = train(reference, other, Squeezer(reference, other, in_squeeze()), range(STEPS))
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert (len(graphs) == first) == (way == "mask")
+    squeezer.finish()
+    assert widths(network) == {TARGET}
+
+
+def test_several_adapters_are_squeezed_on_their_own_schedules() -> None:
+    from peft import LoraConfig
+
+    network = model()
+    network.add_adapter("second", LoraConfig(r=6, lora_alpha=6, target_modules=["q_proj", "v_proj"]))
+    network.base_model.set_adapter(["default", "second"])
+    optimizer = adamw(network)
+    with pytest.raises(LoraSqueezeError, match=r"several adapters are trained: default, second; name one"):
+        Squeezer(network, optimizer, in_squeeze())
+    first = Squeezer(network, optimizer, in_squeeze(), adapter="default")
+    second = Squeezer(network, optimizer, make_schedule(6, 3, STEPS), adapter="second")
+    for step in range(STEPS):
+        train(network, optimizer, first, [step])
+        second.step()
+    assert widths(network) == {TARGET}
+    assert {m.width for m in live_modules(network, "second")} == {3}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "message"),
+    [
+        (
+            Schedule((16, 8), (5, 5)),
+            {},
+            r"begins at rank 16, but the adapter has rank 8; train it with LoraConfig\(r=16",
+        ),
+        (Adaptive(9, 10), {}, r"target rank 9 is above the adapter's rank 8"),
+        (Schedule((8, 2), (5, 5)), {"learning_rate": "cosine"}, r"learning_rate must be one of continue, restart"),
+        (Schedule((8, 2), (5, 5)), {"learning_rate": "restart"}, r"needs a LambdaLR scheduler, got NoneType"),
+        (Adaptive(2, 10), {"learning_rate": "restart"}, r"an adaptive schedule has none"),
+        (Schedule((8, 2), (5, 5)), {"optimizer_state": "x"}, r"optimizer_state must be one of transport, reset"),
+        (Schedule((8, 2), (5, 5)), {"in_place": "x"}, r"in_place must be one of auto, replace, mask"),
+        (Schedule((8, 2), (5, 5)), {"adapter": "x"}, r"no adapter 'x' in the model"),
+    ],
+)
+def test_bad_requests_are_refused_before_the_first_step(schedule: Any, options: dict[str, Any], message: str) -> None:
+    network = model()
+    with pytest.raises(LoraSqueezeError, match=message):
+        Squeezer(network, adamw(network), schedule, **options)
+
+
+def test_an_optimiser_of_another_model_is_refused() -> None:
+    with pytest.raises(LoraSqueezeError, match=r"does not hold"):
+        Squeezer(model(), adamw(model()), in_squeeze())
