@@ -301,6 +301,12 @@ def test_nothing_is_recorded_without_gradients_or_in_a_pause_or_after_closing() 
         model(**batch).loss.backward()
     with pytest.raises(ZeroDivisionError), statistics.pause():
         _ = 1 / 0
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    model(**batch)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     with model.disable_adapter():
         assert not model(**batch).loss.requires_grad
     statistics.step()
@@ -356,6 +362,41 @@ def test_mapped_statistics_are_those_of_the_new_factors(case: Case) -> None:
     statistics.step()  # what the second backward pass left in the same hooks
     again = statistics.moments()
     assert all(same(again[p].C, expected[p].C, 1e-4) and again[p].rows > found[p].rows for p in expected)
+
+
+def test_new_modules_in_the_place_of_old_ones_are_watched_after_map() -> None:
+    model, batch = adapted(STEADY), examples(7, 5)
+    expected = one_step(model, batch)
+    statistics, closed = Statistics(model, "default"), Statistics(model, "default")
+    closed.close()
+    for module in live_modules(model, "default"):
+        module.layer.lora_A["default"] = copy.deepcopy(module.layer.lora_A["default"])
+        module.layer.lora_A["default"]._forward_hooks.clear()
+    statistics.map({})
+    closed.map({})
+    assert alike(one_step(model, batch, statistics=statistics), expected)
+    closed.step()
+    assert closed.moments() == {}
+
+
+def test_a_branch_that_is_switched_off_says_nothing() -> None:
+    """A scale of zero: B^T g cannot be found from s B^T g."""
+    model = adapted(STEADY)
+    for module in live_modules(model, "default"):
+        module.layer.scaling["default"] = 0.0
+    assert one_step(model, examples(7, 5)) == {}
+
+
+def test_a_sharded_embedding_is_left_out() -> None:
+    """Each process holds a share of the vocabulary only."""
+    case = CASES["embedding"]
+    model = adapted(case)
+    words = next(module for module in live_modules(model, "default") if module.kind == "embedding")
+    words.A.full_tensor = words.A.detach  # type: ignore[attr-defined]
+    statistics = Statistics(model, "default")
+    loss_of(model, case).backward()
+    statistics.step()
+    assert statistics.unseen == [words.path]
 
 
 @pytest.mark.parametrize("way", ["replace", "mask"])
@@ -469,6 +510,7 @@ def test_processes_share_what_they_have_seen(monkeypatch: pytest.MonkeyPatch) ->
         for path, moments in both[0].moments().items():
             assert same(moments.C, (each[0][path].C + each[1][path].C) / 2)
             assert same(moments.F, (each[0][path].F + each[1][path].F) / 2)
+            assert moments.rows == (each[0][path].rows + each[1][path].rows) / 2
         assert alike(both[0].moments(), both[1].moments(), room=0.0)
 
 

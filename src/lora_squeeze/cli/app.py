@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_squeeze.cli.docs import option_help
+from lora_squeeze.cli.train import train
 from lora_squeeze.errors import LoraSqueezeError
 
 if TYPE_CHECKING:
@@ -176,6 +177,9 @@ def demo(
 
     output = output or Path("lora-squeeze-demo-quick" if quick else "lora-squeeze-demo")
     run_demo(output, quick=quick, device=device, seed=seed, force=force)
+
+
+app.command()(train)
 
 
 def _load(adapter: str, subfolder: str | None, revision: str | None) -> Adapter:

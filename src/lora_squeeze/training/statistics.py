@@ -268,9 +268,8 @@ class Statistics:
         if path not in self._current:
             self._current[path] = _Sums.zero(copies, h.shape[-1], h.device)
         sums = self._current[path]
-        with torch.autocast(h.device.type, enabled=False):
-            sums.C.baddbmm_(h.mT, h)
-            sums.F.baddbmm_(g.mT, g)
+        sums.C.baddbmm_(h.mT, h)  # in place: autocast lets it be
+        sums.F.baddbmm_(g.mT, g)
         sums.rows.add_(seen.sum())
 
 
