@@ -7,8 +7,8 @@ experiment  rows
 ==========  ============================================================================================================
 state       In-Squeeze 64 -> 8 in three squeezes: moments carried over, begun anew, begun anew with a restarted learning
             rate; and training at rank 8 and at rank 64 all along. Equal steps.
-truncation  a source of rank 64, squeezed to low ranks: plainly, by inputs, by inputs and gradients, and the last module
-            by module, each calibrated on the squeezed ones before it
+truncation  a source of rank 64, squeezed to low ranks: plainly, by inputs, by inputs and gradients, and the last
+            block by block, each calibrated on the squeezed ones before it
 cost        seconds of a step and bytes of optimiser state by rank, seconds of the squeezes, cost of the statistics
 ==========  ============================================================================================================
 """
@@ -111,7 +111,7 @@ def train(
     return model, losses, squeezer.history if squeezer is not None else []
 
 
-def state(task: Task, rows: Rows, steps: int, rates: list[float], seeds: list[int]) -> None:
+def state(task: Task, rows: Rows, steps: int, rates: list[float], seeds: list[int], arms: list[str]) -> None:
     """Each arm at every rate with the first seed, then at its best rate with the others."""
     held_out = task.held_out()
 
@@ -128,7 +128,7 @@ def state(task: Task, rows: Rows, steps: int, rates: list[float], seeds: list[in
         seconds = time.perf_counter() - start
         rows.add(**key, **evaluate(task, model, held_out), seconds=seconds, history=history, losses=losses)
 
-    for arm in (*ARMS, f"direct {TARGET}", f"direct {SOURCE}"):
+    for arm in arms:
         for rate in rates:
             run(arm, rate, seeds[0])
         tried = [r for r in rows.rows if (r["experiment"], r["task"], r["arm"]) == ("state", task.name, arm)]
@@ -137,11 +137,10 @@ def state(task: Task, rows: Rows, steps: int, rates: list[float], seeds: list[in
             run(arm, best, seed)
 
 
-def truncation(task: Task, rows: Rows, steps: int, rates: list[float], seeds: list[int]) -> None:
+def truncation(task: Task, rows: Rows, steps: int, rates: list[float], seeds: list[int], arms: list[str]) -> None:
     """Loss after squeezing one source in several metrics, without any further step."""
     held_out = task.held_out()
     for seed in seeds:
-        arms = ("plain", "inputs", "both", "module by module")
         key = dict(experiment="truncation", task=task.name, seed=seed, steps=steps)
         if all(rows.has(**key, arm=arm, rank=rank) for arm in arms for rank in LOW_RANKS):
             continue
@@ -191,7 +190,7 @@ def _blocks(model: Any) -> Iterator[list[str]]:
     yield from names.values()
 
 
-def cost(task: Task, rows: Rows, steps: int, rates: list[float], seeds: list[int]) -> None:
+def cost(task: Task, rows: Rows, steps: int, rates: list[float], seeds: list[int], arms: list[str]) -> None:
     """Median seconds per step by rank, bytes of state, and what squeezes and statistics take."""
     batch = task.train_batches(1, 0)[0]
     for rank in (64, 32, 16, 8):
@@ -248,7 +247,11 @@ def _median(call: Callable[[], object], count: int) -> float:
     return sorted(times)[len(times) // 2]
 
 
-EXPERIMENTS = {"state": state, "truncation": truncation, "cost": cost}
+EXPERIMENTS = {
+    "state": (state, [*ARMS, f"direct {TARGET}", f"direct {SOURCE}"]),
+    "truncation": (truncation, ["plain", "inputs", "both", "block by block"]),
+    "cost": (cost, []),
+}
 
 
 def main() -> None:
@@ -259,12 +262,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--rates", type=float, nargs="+", required=True, help="learning rates to try")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", help="some of the arms; default all")
     parser.add_argument("--rows", type=Path, required=True, help="file of finished runs")
     given = parser.parse_args()
     given.rows.parent.mkdir(parents=True, exist_ok=True)
     rows = Rows(given.rows)
     rows.add(experiment="machine", command=vars(given) | {"rows": str(given.rows)}, **machine())
-    EXPERIMENTS[given.experiment](TASKS[given.task](), rows, given.steps, given.rates, given.seeds)
+    run, arms = EXPERIMENTS[given.experiment]
+    run(TASKS[given.task](), rows, given.steps, given.rates, given.seeds, given.arms or arms)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft_models import seeded
 from training_cases import SOURCE, STEPS, TARGET, Counting, model, small_llama
 from transformers import (
@@ -255,6 +255,17 @@ def test_ways_of_training_go_on_across_squeezes(tmp_path: Path, arguments: dict[
     assert [e["rank"] for e in callback.history] == [4, 2]
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert all(loss == loss and loss < 5 for loss in losses)
+
+
+def test_all_trained_adapters_are_squeezed(tmp_path: Path) -> None:
+    network = model()
+    network.add_adapter("second", LoraConfig(r=6, lora_alpha=6, target_modules=["q_proj"]))
+    network.base_model.set_adapter(["default", "second"])
+    tracker, callback = Tracker(), SqueezeCallback(TARGET)
+    trainer(tmp_path, callback, network, before=[tracker]).train()
+    assert [{m.width for m in live_modules(network, name)} for name in ("default", "second")] == [{TARGET}, {TARGET}]
+    assert {e["adapter"] for e in callback.history} == {"default", "second"}
+    assert any("squeeze/second/rank" in entry for entry in tracker.told)
 
 
 def test_torch_compile_in_the_trainer(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lora_squeeze.adaptive import Adaptive
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.moments import Moments, predicted_curve
-from lora_squeeze.ranks import Allocation, Unit
+from lora_squeeze.ranks import Allocation, Limits, Unit, choose
 from lora_squeeze.schedule import Schedule
 from lora_squeeze.training.commit import compact, make_room
 from lora_squeeze.training.inplace import Squeezed, check_request, decomposed, grouped, squeeze_, units_of
@@ -92,11 +92,9 @@ class Squeezer:
         check_request(modules, optimizer, optimizer_state, in_place)
         if state is None:
             self._check_schedule(modules)
-        self.budget = 0
-        if isinstance(schedule, Adaptive):
-            self.budget = int(state["budget"]) if state else schedule.budget(_bare(modules))
         if learning_rate not in RATES:
             raise LoraSqueezeError(f"learning_rate must be one of {', '.join(RATES)}, got {learning_rate!r}")
+        self.budgets = _budgets(modules, schedule) if state is None else [int(number) for number in state["budgets"]]
         if learning_rate == "restart":
             restart_each_stage(scheduler, schedule)
         wants_loss = isinstance(schedule, Adaptive) and schedule.loss is not None
@@ -129,10 +127,8 @@ class Squeezer:
         if isinstance(self.schedule, Adaptive):
             ranks = self._adaptive_ranks(self.schedule) if self.schedule.due(self.steps_done) else None
             return None if ranks is None else self._squeeze(ranks=ranks)
-        rank = self.schedule.rank_after(self.steps_done)
-        if rank == self.schedule.rank_after(self.steps_done - 1):
-            return None
-        return self._squeeze(rank=rank, allocate=self.allocate)
+        stage = self.schedule.stage_after(self.steps_done)
+        return None if stage == self.schedule.stage_after(self.steps_done - 1) else self._squeeze_to(stage)
 
     def finish(self) -> Squeezed | None:
         """Training is over, early or as planned: squeeze what is still above the target, make all parameters small.
@@ -140,13 +136,7 @@ class Squeezer:
         Returns:
             What was done; None where the target had been reached.
         """
-        done = None
-        modules = live_modules(self.model, self.adapter)
-        if isinstance(self.schedule, Adaptive):
-            if not self.schedule.met(_bare(modules), self.budget):
-                done = self._squeeze(params=self.budget, allocate=self.schedule.allocate)
-        elif self._above_target(modules):
-            done = self._squeeze(rank=self.target_rank, allocate=self.allocate)
+        done = self._squeeze_to(-1) if self._above_target() else None
         compact(self.model, optimizer=self.optimizer, adapter=self.adapter, optimizer_state=self.optimizer_state)
         self.close()
         return done
@@ -171,7 +161,7 @@ class Squeezer:
             "steps_done": self.steps_done,
             "schedule": _described(self.schedule),
             "ranks": {m.name: m.width * m.step for m in modules},
-            "budget": self.budget,
+            "budgets": self.budgets,
             "history": self.history,
         }
 
@@ -192,10 +182,16 @@ class Squeezer:
                 "number of steps, or begin anew"
             )
         make_room(self.model, state["ranks"], optimizer=self.optimizer, adapter=self.adapter)
-        self.steps_done, self.budget = int(state["steps_done"]), int(state["budget"])
+        self.steps_done, self.budgets = int(state["steps_done"]), [int(number) for number in state["budgets"]]
         self.history = [dict(entry) for entry in state["history"]]
         if self.statistics is not None and "statistics" in state:
             self.statistics.load_state_dict(state["statistics"])
+
+    def _squeeze_to(self, stage: int) -> Squeezed:
+        if isinstance(self.schedule, Schedule) and self.allocate == "uniform":
+            return self._squeeze(rank=self.schedule.ranks[stage])
+        allocate = self.schedule.allocate if isinstance(self.schedule, Adaptive) else self.allocate
+        return self._squeeze(params=self.budgets[stage], allocate=allocate)
 
     def _squeeze(self, **how: Any) -> Squeezed:
         before = self._loss()
@@ -237,7 +233,7 @@ class Squeezer:
 
     def _adaptive_ranks(self, schedule: Adaptive) -> dict[str, int] | None:
         modules = live_modules(self.model, self.adapter)
-        if schedule.met(_bare(modules), self.budget):
+        if schedule.met(_bare(modules), self.budgets[-1]):
             return None
         updates = [module.update() for module in modules]
         units = units_of(modules, updates, decomposed(modules, updates))
@@ -245,7 +241,7 @@ class Squeezer:
         if schedule.loss is not None and self.statistics is not None:
             self.statistics.synchronise()
             curves = [_loss_curve(members, self.statistics.moments()) for _, members in units]
-        chosen = schedule.choose(self.steps_done, [unit for unit, _ in units], self.budget, curves)
+        chosen = schedule.choose(self.steps_done, [unit for unit, _ in units], self.budgets[-1], curves)
         if chosen is None:
             return None
         return {m.name: k * m.step for k, (_, members) in zip(chosen, units, strict=True) for m in members}
@@ -261,10 +257,11 @@ class Squeezer:
                 f"LoraConfig(r={self.schedule.ranks[0]}), or make the schedule from {top}"
             )
 
-    def _above_target(self, modules: list[LiveModule]) -> bool:
-        if self.allocate == "uniform":
+    def _above_target(self) -> bool:
+        modules = live_modules(self.model, self.adapter)
+        if isinstance(self.schedule, Schedule) and self.allocate == "uniform":
             return any(m.rank() > max(1, self.target_rank // m.step) for m in modules)
-        return self.steps_done < self.schedule.boundaries[-1] if isinstance(self.schedule, Schedule) else False
+        return sum(m.cost * m.rank() for m in modules) > self.budgets[-1]
 
 
 @contextmanager
@@ -284,6 +281,17 @@ def _bare(modules: list[LiveModule]) -> list[Unit]:
     return [
         Unit(name, max(m.rank() for m in members), [], sum(m.cost for m in members), 1, max(m.step for m in members))
         for name, members in grouped(modules).items()
+    ]
+
+
+def _budgets(modules: list[LiveModule], schedule: Schedule | Adaptive) -> list[int]:
+    """Numbers in all factors at each rank of the schedule, taken at the source ranks: later these are gone."""
+    units = _bare(modules)
+    if isinstance(schedule, Adaptive):
+        return [schedule.budget(units)]
+    return [
+        sum(k * unit.cost for k, unit in zip(choose(units, "rank", rank, "uniform", Limits(1)), units, strict=True))
+        for rank in schedule.ranks
     ]
 
 
