@@ -53,9 +53,13 @@ class Rows:
         lines = path.read_text().splitlines() if path.exists() else []
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
+    def like(self, **key: Any) -> list[dict[str, Any]]:
+        """The runs with these values."""
+        return [row for row in self.rows if all(row.get(name) == value for name, value in key.items())]
+
     def has(self, **key: Any) -> bool:
         """Whether a run with these values is there."""
-        return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
+        return bool(self.like(**key))
 
     def add(self, **row: Any) -> None:
         """Write one."""
@@ -131,8 +135,8 @@ def state(task: Task, rows: Rows, steps: int, rates: list[float], seeds: list[in
     for arm in arms:
         for rate in rates:
             run(arm, rate, seeds[0])
-        tried = [r for r in rows.rows if (r["experiment"], r["task"], r["arm"]) == ("state", task.name, arm)]
-        best = min((r for r in tried if r["seed"] == seeds[0]), key=lambda r: float(r["loss"]))["rate"]
+        tried = rows.like(experiment="state", task=task.name, arm=arm, seed=seeds[0], steps=steps)
+        best = min(tried, key=lambda row: float(row["loss"]))["rate"]
         for seed in seeds[1:]:
             run(arm, best, seed)
 

@@ -165,13 +165,24 @@ def test_adaptive_reaches_the_budget_by_the_deadline() -> None:
     assert all(e["energy"] >= 0.99 - 1e-6 for e in before_deadline)
 
 
-def test_adaptive_by_predicted_loss_squeezes() -> None:
+def test_adaptive_by_predicted_loss_learns_from_the_measured_one() -> None:
+    """The prediction is multiplied by the worst ratio of measured to predicted so far, at least 1."""
     network = model()
-    optimizer = adamw(network)
-    squeezer = Squeezer(network, optimizer, Adaptive(TARGET, 20, loss=0.05, every=5))
-    train(network, optimizer, squeezer, range(20))
+    optimizer = adamw(network, lr=0.05)
+    probe = batch(999)
+    squeezer = Squeezer(
+        network, optimizer, Adaptive(TARGET, 40, loss=0.02, every=5), loss=lambda: network(**probe).loss
+    )
+    train(network, optimizer, squeezer, [999] * 40)
     used = sum(m.cost * m.width for m in live_modules(network, "default"))
     assert used <= squeezer.budgets[-1]
+    worst = 1.0
+    for entry in squeezer.history:
+        assert entry["loss_predicted"] >= 0
+        if entry["step"] < 32:  # before the deadline
+            assert worst * entry["loss_predicted"] <= 0.02 + 1e-6
+        worst = max(worst, (entry["loss_after"] - entry["loss_before"]) / entry["loss_predicted"])
+    assert squeezer._correction() == pytest.approx(worst)
 
 
 def test_restarted_learning_rate_runs_the_whole_curve_per_stage() -> None:

@@ -24,7 +24,7 @@ from lora_squeeze.training.resume import follow_loaded_ranks
 from lora_squeeze.training.squeezer import Squeezer
 
 STATISTICS_NAME = "squeeze_statistics.pt"
-_LOGGED = ("rank", "energy", "parameters_after", "loss_before", "loss_after")
+_LOGGED = ("rank", "energy", "parameters_after", "loss_predicted", "loss_before", "loss_after")
 _FIXED = {
     name for name in signature(make_schedule).parameters if name not in ("source_rank", "target_rank", "total_steps")
 }
