@@ -7,8 +7,8 @@ experiment  rows
 ==========  ============================================================================================================
 state       In-Squeeze 64 -> 8 in three squeezes: moments carried over, begun anew, begun anew with a restarted learning
             rate; and training at rank 8 and at rank 64 all along. Equal steps.
-truncation  a source of rank 64, squeezed to low ranks: plainly, by inputs, by inputs and gradients, and the last
-            block by block, each calibrated on the squeezed ones before it
+truncation  a source of rank 64, squeezed to low ranks: plainly, by inputs, by inputs and gradients, and the last in
+            turn: six groups of blocks, each calibrated on the squeezed ones before it
 cost        seconds of a step and bytes of optimiser state by rank, seconds of the squeezes, cost of the statistics
 ==========  ============================================================================================================
 """
@@ -38,6 +38,7 @@ from lora_squeeze.training.statistics import Statistics, calibrate
 SOURCE, TARGET = 64, 8
 LOW_RANKS = (8, 4, 2, 1)
 CALIBRATION_BATCHES = 8
+IN_TURN_RANKS, IN_TURN_GROUPS = (4, 1), 6  # calibrating anew for each group of blocks takes a while
 ARMS: dict[str, dict[str, Any]] = {
     "transport": {},
     "reset": {"optimizer_state": "reset"},
@@ -146,17 +147,16 @@ def truncation(task: Task, rows: Rows, steps: int, rates: list[float], seeds: li
     held_out = task.held_out()
     for seed in seeds:
         key = dict(experiment="truncation", task=task.name, seed=seed, steps=steps)
-        if all(rows.has(**key, arm=arm, rank=rank) for arm in arms for rank in LOW_RANKS):
+        wanted = [(rank, arm) for rank in LOW_RANKS for arm in arms if arm != "in turn" or rank in IN_TURN_RANKS]
+        if all(rows.has(**key, arm=arm, rank=rank) for rank, arm in wanted):
             continue
         model, _, _ = train(task, SOURCE, steps, rates[0], seed)
         if not rows.has(**key, arm="source"):
             rows.add(**key, arm="source", rank=SOURCE, rate=rates[0], **evaluate(task, model, held_out))
         data = task.train_batches(CALIBRATION_BATCHES + steps, seed)[-CALIBRATION_BATCHES:]
         moments = calibrate(model, data, loss=task.loss)
-        for rank in LOW_RANKS:
-            for arm in arms:
-                if rows.has(**key, arm=arm, rank=rank):
-                    continue
+        for rank, arm in wanted:
+            if not rows.has(**key, arm=arm, rank=rank):
                 small = copy.deepcopy(model)
                 energy = _squeezed(task, small, rank, arm, moments, data)
                 rows.add(**key, arm=arm, rank=rank, energy=energy, **evaluate(task, small, held_out))
@@ -172,10 +172,9 @@ def _squeezed(
     if arm == "inputs":
         flat = {path: Moments(m.C, _plain_gradients(model, path), m.rows) for path, m in moments.items()}
         return squeeze_(model, rank, moments=flat).energy
-    # Block by block: within one block, modules are calibrated together, after all blocks before it are squeezed.
-    for block in _blocks(model):
+    for group in _groups_of_blocks(model):
         found = calibrate(model, data, loss=task.loss)
-        squeeze_(model, ranks={name: rank for name in block}, moments=found)
+        squeeze_(model, ranks={name: rank for name in group}, moments=found)
     return None
 
 
@@ -185,13 +184,15 @@ def _plain_gradients(model: Any, path: str) -> torch.Tensor:
     return B.mT @ B
 
 
-def _blocks(model: Any) -> Iterator[list[str]]:
-    """Names of the modules of each block, from the input on."""
-    names: dict[str, list[str]] = {}
+def _groups_of_blocks(model: Any) -> Iterator[list[str]]:
+    """Names of the modules of neighbouring blocks, from the input on."""
+    names: dict[int, list[str]] = {}
     for module in live_modules(model, "default"):
-        numbers = [part for part in module.name.split(".") if part.isdigit()]
-        names.setdefault(numbers[0], []).append(module.name)
-    yield from names.values()
+        number = next(int(part) for part in module.name.split(".") if part.isdigit())
+        names.setdefault(number, []).append(module.name)
+    size = -(-len(names) // IN_TURN_GROUPS)
+    for first in range(0, len(names), size):
+        yield [name for number in sorted(names)[first : first + size] for name in names[number]]
 
 
 def cost(task: Task, rows: Rows, steps: int, rates: list[float], seeds: list[int], arms: list[str]) -> None:
@@ -253,7 +254,7 @@ def _median(call: Callable[[], object], count: int) -> float:
 
 EXPERIMENTS = {
     "state": (state, [*ARMS, f"direct {TARGET}", f"direct {SOURCE}"]),
-    "truncation": (truncation, ["plain", "inputs", "both", "block by block"]),
+    "truncation": (truncation, ["plain", "inputs", "both", "in turn"]),
     "cost": (cost, []),
 }
 

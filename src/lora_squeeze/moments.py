@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lora_squeeze.errors import LoraSqueezeError
 
-SHRINKAGE = 0.05  # share of the plain metric in each of the two weights
+SHRINKAGE = 0.01  # share of the plain metric in each of the two weights
 
 # An eigenvalue of a Gram matrix with unit diagonal below this is rounding: the factor is rank-deficient there.
 _GRAM_FLOOR = 1e-13
