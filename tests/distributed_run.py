@@ -65,14 +65,17 @@ def trainer(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 
     from lora_squeeze.training.callback import SqueezeCallback
 
+    resume = folder / "trainer" / "checkpoint-6" if options.pop("resume", False) else None
     callback = SqueezeCallback(TARGET, **options)
-    arguments = TrainingArguments(
-        str(folder / "trainer"), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
-        disable_tqdm=True, use_cpu=True, save_strategy="steps", save_steps=6, logging_steps=1, ddp_backend="gloo",
+    where = folder / ("resumed" if resume else "trainer")
+    settings: dict[str, Any] = dict(
+        max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], disable_tqdm=True,
+        use_cpu=True, save_strategy="steps", save_steps=6, logging_steps=1, ddp_backend="gloo",
     )  # fmt: skip
+    arguments = TrainingArguments(str(where), **settings)
     run = Trainer(model(), arguments, train_dataset=Counting(), callbacks=[callback])
-    run.train()
-    run.save_model(str(folder / "final"))
+    run.train(resume_from_checkpoint=str(resume) if resume else None)
+    run.save_model(str(where / "final"))
     modules = live_modules(run.model, "default")
     return {
         "losses": [entry["loss"] for entry in run.state.log_history if "loss" in entry],

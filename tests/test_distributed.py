@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp2": {"kind": "fsdp2"},
     "fsdp2 aware": {"kind": "fsdp2", **AWARE},
     "trainer": {"kind": "trainer"},
+    "resumed": {"kind": "trainer", "resume": True},
 }
 
 
@@ -81,7 +82,7 @@ def test_the_trainer_under_ddp_ends_with_a_small_adapter(folder: Path) -> None:
     assert first["updates"] == second["updates"]
     assert first["widths"] == [TARGET]
     assert [e["rank"] for e in first["history"]] == [4, 2]
-    saved = lora_squeeze.load(folder / "final")
+    saved = lora_squeeze.load(folder / "trainer" / "final")
     assert saved.rank == TARGET
     for name, dense in first["updates"].items():
         assert torch.allclose(saved.update(name).dense(), torch.tensor(dense), atol=1e-6)
@@ -89,3 +90,11 @@ def test_the_trainer_under_ddp_ends_with_a_small_adapter(folder: Path) -> None:
     half = lora_squeeze.load(folder / "trainer" / "checkpoint-6")
     assert half.rank == SOURCE
     assert half.squeeze(rank=4).report.energy == pytest.approx(1.0, abs=1e-9)
+
+
+def test_a_resumed_trainer_under_ddp_ends_alike(folder: Path) -> None:
+    whole, resumed = seen(folder, "trainer")[0], seen(folder, "resumed")[0]
+    assert resumed["updates"] == seen(folder, "resumed")[1]["updates"]
+    assert [e["rank"] for e in resumed["history"]] == [4, 2], "the history is that of the whole run"
+    assert resumed["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    assert resumed["widths"] == [TARGET]

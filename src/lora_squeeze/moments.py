@@ -14,8 +14,8 @@ A x is what the branch computes forward and s B^T g what it computes backward: `
 Half the squared loss of rank is also an estimate of what the squeeze adds to the training loss: the Fisher matrix of
 the module is taken as the Kronecker product of C_x and F_y, as in K-FAC (Martens and Grosse 2015).
 
-For which updates this pays depends on the data; it is not always better than the plain truncation on new data, hence
-the shrinkage towards the plain metric.
+The estimate leaves out what modules do to each other, so it compares truncations better than it foretells losses. A
+small share of the plain metric is mixed in, for directions about which the data say nothing.
 """
 
 from __future__ import annotations
@@ -148,9 +148,10 @@ def predicted_increase(
         (*batch,) float64, in units of the loss, never negative.
 
     Notes:
-        A second-order estimate, good for small changes near a minimum: the first-order term is left out, modules and
-        the two sides of each are taken as independent, and the Fisher matrix is the empirical one, which is too large
-        while the loss is far from its minimum. Trust the order of modules and ranks before the number.
+        Of second order, with rows, modules and the two sides of each taken as independent. Left out is the slope of the
+        loss, which rules where little is cut and can make the true change negative, and that many modules cut together
+        act in the same direction: their sum can be far below the true increase. Trust the order of truncations before
+        the number, and measure the loss where the number matters.
     """
     C, F = moments.C.double(), moments.F.double()
     M = P.to(C) @ R.to(C)
