@@ -12,15 +12,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_cases import CASES
-from peft_models import adapted, best, deltas, lost, outputs, reload, save
+from peft_models import Case, adapted, best, deltas, lost, outputs, reload, save
 from torch import nn
 
 import lora_squeeze
 from lora_squeeze import LoraSqueezeError
+from lora_squeeze.moments import Moments, predicted_increase
 from lora_squeeze.training import commit, inplace
 from lora_squeeze.training.commit import compact, make_room
 from lora_squeeze.training.inplace import squeeze_
 from lora_squeeze.training.live import live_modules
+from lora_squeeze.training.statistics import calibrate
 
 WAYS = ["replace", "mask"]
 
@@ -401,3 +403,52 @@ def test_the_users_configuration_is_not_changed() -> None:
     model = get_peft_model(peft_cases.llama(), config)
     squeeze_(model, 2)
     assert (config.r, model.peft_config["default"].r) == (8, 2)
+
+
+def _known(model: PeftModel, case: Case) -> dict[str, Moments]:
+    """Statistics from a batch, with the batch's own tokens as labels."""
+    return calibrate(model, [{"input_ids": case.batch(), "labels": case.batch()}])
+
+
+def _predicted(model: PeftModel, moments: dict[str, Moments], maps: Any) -> dict[str, float]:
+    scales = {m.path: m.scale for m in live_modules(model, "default")}
+    return {path: float(predicted_increase(moments[path], scales[path], P, R).sum()) for path, (P, R) in maps.items()}
+
+
+@pytest.mark.parametrize("name", ["linear", "conv1d of gpt2", "patterns", "embedding and head"])
+def test_with_moments_the_predicted_loss_is_lower_for_every_module(name: str) -> None:
+    case = CASES[name]
+    plain, aware = adapted(case), adapted(case)
+    moments = _known(plain, case)
+    one = squeeze_(plain, case.rank)
+    two = squeeze_(aware, case.rank, moments=moments)
+    expected, found = _predicted(plain, moments, one.maps), _predicted(aware, moments, two.maps)
+    assert found.keys() == expected.keys()
+    # A hundredth of the metric is the plain one.
+    assert all(found[path] <= expected[path] * 1.02 for path in found)
+    assert sum(found.values()) < sum(expected.values())
+    assert two.energy < one.energy, "the plain truncation keeps the most energy"
+
+
+def test_with_moments_a_global_budget_follows_the_predicted_loss() -> None:
+    case = CASES["linear"]
+    model, other = adapted(case), adapted(case)
+    moments = _known(model, case)
+    clever = squeeze_(model, 3, allocate="global", moments=moments)
+    ranks = squeeze_(adapted(case), 3, allocate="global").ranks
+    by_energy = squeeze_(other, ranks=ranks, moments=moments)
+    assert clever.ranks != ranks
+    assert clever.parameters_after <= by_energy.parameters_after
+    lost = [sum(_predicted(m, moments, done.maps).values()) for m, done in ((model, clever), (other, by_energy))]
+    assert lost[0] < lost[1]
+
+
+def test_modules_without_moments_are_squeezed_plainly() -> None:
+    case = CASES["linear"]
+    model, plain = adapted(case), adapted(case)
+    moments = dict(list(_known(model, case).items())[:3])
+    squeeze_(model, 3, moments=moments, allocate="global")
+    squeeze_(plain, 3, allocate="global")
+    for mine, theirs in zip(live_modules(model, "default"), live_modules(plain, "default"), strict=True):
+        same = torch.allclose(mine.update().dense(), theirs.update().dense(), atol=1e-6)
+        assert same == (mine.path not in moments)

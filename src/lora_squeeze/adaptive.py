@@ -117,7 +117,7 @@ class Adaptive:
         Raises:
             LoraSqueezeError: no module is above the target rank.
         """
-        budget = _price(units, choose_ranks(units, "rank", self.rank, "uniform", _LIMITS))
+        budget = price(units, choose_ranks(units, "rank", self.rank, "uniform", _LIMITS))
         if self.met(units, budget):
             top = max((unit.rank * unit.step for unit in units), default=0)
             raise LoraSqueezeError(
@@ -128,7 +128,7 @@ class Adaptive:
 
     def met(self, units: Sequence[Unit], budget: int) -> bool:
         """Whether the present ranks are within the budget: then no more looks are needed. `values` may be empty."""
-        return _price(units, [unit.rank for unit in units]) <= budget
+        return price(units, [unit.rank for unit in units]) <= budget
 
     def choose(
         self,
@@ -158,19 +158,19 @@ class Adaptive:
             nothing is squeezed before the deadline, and at the deadline the ranks are uniform.
         """
         self._check_curves(units, loss_curves)
-        least = _price(units, [_LIMITS.ladder(unit)[0] for unit in units])
+        least = price(units, [_LIMITS.ladder(unit)[0] for unit in units])
         if budget < least:
             raise LoraSqueezeError(f"a budget of {budget:,} parameters is too small: rank 1 everywhere is {least:,}")
         if self.met(units, budget):
             return None
         trained = any(s > 0 for unit in units for row in unit.values for s in row)
         if step >= self.deadline_step:
-            return _spend(units, budget, self.allocate if trained else "uniform", loss_curves)
+            return spend(units, budget, self.allocate if trained else "uniform", loss_curves)
         if not trained:
             return None
         ranks = self._within_bound(units, budget, loss_curves)
-        present = _price(units, [unit.rank for unit in units])
-        return ranks if present - _price(units, ranks) >= LEAST_SAVING * present else None
+        present = price(units, [unit.rank for unit in units])
+        return ranks if present - price(units, ranks) >= LEAST_SAVING * present else None
 
     def _within_bound(
         self, units: Sequence[Unit], budget: int, loss_curves: Sequence[Sequence[float]] | None
@@ -182,7 +182,7 @@ class Adaptive:
             return _descend(units, loss_curves, budget, self.loss)
         else:
             ranks = _uniform_within(units, loss_curves, self.loss)
-        return ranks if _price(units, ranks) >= budget else _spend(units, budget, self.allocate, loss_curves)
+        return ranks if price(units, ranks) >= budget else spend(units, budget, self.allocate, loss_curves)
 
     def _check_curves(self, units: Sequence[Unit], loss_curves: Sequence[Sequence[float]] | None) -> None:
         if (self.loss is None) != (loss_curves is None):
@@ -205,14 +205,23 @@ class Adaptive:
                 )
 
 
-def _price(units: Sequence[Unit], ranks: Sequence[int]) -> int:
+def price(units: Sequence[Unit], ranks: Sequence[int]) -> int:
+    """What these ranks cost together."""
     return sum(k * unit.cost for k, unit in zip(ranks, units, strict=True))
 
 
-def _spend(
-    units: Sequence[Unit], budget: int, allocate: Allocation, loss_curves: Sequence[Sequence[float]] | None
+def spend(
+    units: Sequence[Unit], budget: int, allocate: Allocation, loss_curves: Sequence[Sequence[float]] | None = None
 ) -> list[int]:
-    """The budget, spent where it keeps the most energy, or the lowest loss where curves are known."""
+    """Ranks for a budget, spent where it keeps the most energy, or the lowest predicted loss where curves are known.
+
+    Args:
+        units, budget, loss_curves: as for `Adaptive.choose`.
+        allocate: "global" or "uniform"; curves count with "global" only.
+
+    Returns:
+        One rank per unit, at least 1.
+    """
     if allocate == "global" and loss_curves is not None:
         return _descend(units, loss_curves, budget, math.inf)
     return choose_ranks(units, "params", budget, allocate, _LIMITS)
@@ -239,7 +248,7 @@ def _descend(units: Sequence[Unit], curves: Sequence[Sequence[float]], budget: i
     """
     ranks = [unit.rank for unit in units]
     lows = [_LIMITS.ladder(unit)[0] for unit in units]
-    spent = _price(units, ranks)
+    spent = price(units, ranks)
     heap: list[tuple[float, int, int]] = []
 
     def offer(i: int) -> None:

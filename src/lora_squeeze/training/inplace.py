@@ -19,16 +19,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_squeeze.adaptive import price, spend
 from lora_squeeze.decompose import Decomposition, decompose_all, gram_of_columns
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.lowrank import LowRank
-from lora_squeeze.moments import Moments, weighted_truncation
-from lora_squeeze.ranks import Allocation, Limits, Unit, choose
+from lora_squeeze.moments import Moments, predicted_curve, weighted_truncation
+from lora_squeeze.ranks import Allocation, Limits, Unit, allocation_for, choose
 from lora_squeeze.training.commit import New, commit
 from lora_squeeze.training.live import (
     LiveModule,
@@ -100,7 +102,8 @@ def squeeze_(
         adapter: name of the adapter; default the one that is active and trained.
         optimizer_state: "transport" carries moments over (see the module's table), "reset" begins anew.
         moments: statistics of inputs and gradients by layer path, from `calibrate` or `Statistics`: the truncation
-            is then the best one in the metric of the data. Modules that are missing are squeezed plainly.
+            is then the best one in the metric of the data, and a global budget is spent where the predicted increase
+            of the loss is lowest. Modules that are missing are squeezed plainly, and then energy allots the budget.
         in_place: "replace" makes new, smaller parameters; "mask" keeps their shapes and sets the unused directions to
             zero; "auto" masks under a process group of several processes and for sharded parameters.
 
@@ -125,7 +128,7 @@ def squeeze_(
     check_request(modules, optimizer, optimizer_state, in_place)
     updates = [module.update() for module in modules]
     found = decomposed(modules, updates)
-    target = _target_ranks(modules, updates, found, rank, energy, params, ranks, allocate)
+    target = _target_ranks(modules, updates, found, rank, energy, params, ranks, allocate, moments or {})
     before = sum(m.cost * u.rank for m, u in zip(modules, updates, strict=True))
     new = [
         _truncated(module, update, item, target[module.name], (moments or {}).get(module.path))
@@ -229,6 +232,23 @@ def units_of(
     ]
 
 
+def loss_curve(members: Sequence[LiveModule], moments: Mapping[str, Moments]) -> list[float]:
+    """Predicted increase of the loss at each rank from 0 on, summed over the modules that share it.
+
+    Raises:
+        LoraSqueezeError: nothing is known about one of them.
+    """
+    curves = []
+    for module in members:
+        if module.path not in moments:
+            raise LoraSqueezeError(
+                f"{module.name}: the loss increase cannot be predicted for this layer; bound the energy instead"
+            )
+        curve = predicted_curve(moments[module.path], module.scale)
+        curves.append(curve.reshape(-1, curve.shape[-1]).sum(0).tolist())
+    return [sum(column) for column in zip_longest(*curves, fillvalue=0.0)]
+
+
 def _target_ranks(
     modules: Sequence[LiveModule],
     updates: Sequence[LowRank],
@@ -238,6 +258,7 @@ def _target_ranks(
     params: int | None,
     ranks: Mapping[str, int] | None,
     allocate: Allocation | None,
+    moments: Mapping[str, Moments],
 ) -> dict[str, int]:
     """Rank of each module's update after the squeeze."""
     asked = {key: v for key, v in dict(rank=rank, energy=energy, params=params, ranks=ranks).items() if v is not None}
@@ -249,9 +270,14 @@ def _target_ranks(
     top = max(unit.rank * unit.step for unit, _ in units)
     if rank is not None and rank > top:
         raise LoraSqueezeError(f"rank {rank} is above the present rank {top}; a squeeze only goes down")
-    rule = next(iter(asked))
-    value = float(rank or energy or params or 0)
-    chosen = choose([unit for unit, _ in units], rule, value, allocate, Limits(floor=1))
+    rule, bare = next(iter(asked)), [unit for unit, _ in units]
+    allocate = allocation_for(rule, allocate)
+    if allocate == "global" and energy is None and all(m.path in moments for m in modules):
+        limits = Limits(floor=1)
+        budget = params if rank is None else price(bare, choose(bare, "rank", rank, "uniform", limits))
+        chosen = spend(bare, budget or 0, allocate, [loss_curve(members, moments) for _, members in units])
+    else:
+        chosen = choose(bare, rule, float(rank or energy or params or 0), allocate, Limits(floor=1))
     return {module.name: k for k, (_, members) in zip(chosen, units, strict=True) for module in members}
 
 

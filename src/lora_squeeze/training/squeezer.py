@@ -24,11 +24,19 @@ from torch import Tensor, nn
 
 from lora_squeeze.adaptive import Adaptive
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.moments import Moments, predicted_curve, predicted_increase
+from lora_squeeze.moments import predicted_increase
 from lora_squeeze.ranks import Allocation, Limits, Unit, choose
 from lora_squeeze.schedule import Schedule
 from lora_squeeze.training.commit import compact, make_room
-from lora_squeeze.training.inplace import Squeezed, check_request, decomposed, grouped, squeeze_, units_of
+from lora_squeeze.training.inplace import (
+    Squeezed,
+    check_request,
+    decomposed,
+    grouped,
+    loss_curve,
+    squeeze_,
+    units_of,
+)
 from lora_squeeze.training.learning_rate import restart_each_stage
 from lora_squeeze.training.live import LiveModule, live_modules, only_adapter
 from lora_squeeze.training.resume import follow_loaded_ranks
@@ -46,7 +54,7 @@ class Squeezer:
         schedule: `make_schedule(...)`, or `Adaptive(...)` to squeeze when the spectrum allows it.
         adapter: name of the adapter; default the one that is active and trained.
         allocate: "uniform" gives every module the schedule's rank; "global" spends the parameters of that rank where
-            they keep the most energy.
+            they keep the most energy or, with `data_aware`, where the predicted increase of the loss is lowest.
         optimizer_state: "transport" carries moments into the new coordinates, "reset" begins anew.
         learning_rate: "continue" leaves the curve alone; "restart" runs the whole curve once per stage, which needs
             `scheduler`.
@@ -255,7 +263,7 @@ class Squeezer:
         if schedule.loss is not None and self.statistics is not None:
             self.statistics.synchronise()
             moments, factor = self.statistics.moments(), self._correction()
-            curves = [[factor * loss for loss in _loss_curve(members, moments)] for _, members in units]
+            curves = [[factor * loss for loss in loss_curve(members, moments)] for _, members in units]
         chosen = schedule.choose(self.steps_done, [unit for unit, _ in units], self.budgets[-1], curves)
         if chosen is None:
             return None
@@ -308,19 +316,6 @@ def _budgets(modules: list[LiveModule], schedule: Schedule | Adaptive) -> list[i
         sum(k * unit.cost for k, unit in zip(choose(units, "rank", rank, "uniform", Limits(1)), units, strict=True))
         for rank in schedule.ranks
     ]
-
-
-def _loss_curve(members: list[LiveModule], moments: Mapping[str, Moments]) -> list[float]:
-    """Predicted increase of the loss by rank, summed over the modules that share it."""
-    curves = []
-    for module in members:
-        if module.path not in moments:
-            raise LoraSqueezeError(
-                f"{module.name}: the loss increase cannot be predicted for this layer; bound the energy instead"
-            )
-        curve = predicted_curve(moments[module.path], module.scale)
-        curves.append(curve.reshape(-1, curve.shape[-1]).sum(0).tolist())
-    return [sum(column) for column in zip(*curves, strict=True)]
 
 
 def _described(schedule: Schedule | Adaptive) -> dict[str, Any]:
