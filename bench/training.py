@@ -7,8 +7,9 @@ experiment  rows
 ==========  ============================================================================================================
 state       In-Squeeze 64 -> 8 in three squeezes: moments carried over, begun anew, begun anew with a restarted learning
             rate; and training at rank 8 and at rank 64 all along. Equal steps.
-truncation  a source of rank 64, squeezed to low ranks: plainly, by inputs, by inputs and gradients, and the last in
-            turn: six groups of blocks, each calibrated on the squeezed ones before it
+truncation  a source of rank 64, squeezed to low ranks: plainly, by inputs, by inputs and gradients ("both"), and that
+            in turn: six groups of blocks, each calibrated on the squeezed ones before it; with the parameters of the
+            rank spent globally: by energy and plainly, and by predicted loss in the metric of both
 cost        seconds of a step and bytes of optimiser state by rank, seconds of the squeezes, cost of the statistics
 ==========  ============================================================================================================
 """
@@ -165,10 +166,9 @@ def truncation(task: Task, rows: Rows, steps: int, rates: list[float], seeds: li
 def _squeezed(
     task: Task, model: Any, rank: int, arm: str, moments: dict[str, Moments], data: list[Batch]
 ) -> float | None:
-    if arm == "plain":
-        return squeeze_(model, rank).energy
-    if arm == "both":
-        return squeeze_(model, rank, moments=moments).energy
+    if arm.startswith(("plain", "both")):
+        allocate = "global" if arm.endswith("global") else "uniform"
+        return squeeze_(model, rank, allocate=allocate, moments=moments if arm.startswith("both") else None).energy
     if arm == "inputs":
         flat = {path: Moments(m.C, _plain_gradients(model, path), m.rows) for path, m in moments.items()}
         return squeeze_(model, rank, moments=flat).energy
@@ -254,7 +254,7 @@ def _median(call: Callable[[], object], count: int) -> float:
 
 EXPERIMENTS = {
     "state": (state, [*ARMS, f"direct {TARGET}", f"direct {SOURCE}"]),
-    "truncation": (truncation, ["plain", "inputs", "both", "in turn"]),
+    "truncation": (truncation, ["plain", "inputs", "both", "in turn", "plain, global", "both, global"]),
     "cost": (cost, []),
 }
 

@@ -1,137 +1,21 @@
-"""Moments collected from live models, against dense covariances of what autograd shows."""
+"""Moments collected while a model trains, against dense covariances of what autograd shows."""
 
 from __future__ import annotations
 
 import copy
 import io
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft_cases import CASES, VOCABULARY
-from peft_models import Case, adapted, outputs, reload, save
+from peft_models import Case, adapted
+from statistics_cases import STEADY, WITH_ROWS, Dense, alike, examples, halves, loss_of, one_step, same
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lora_squeeze import LoraSqueezeError
-from lora_squeeze.moments import Moments
 from lora_squeeze.training.inplace import squeeze_
 from lora_squeeze.training.live import LiveModule, live_modules
-from lora_squeeze.training.statistics import Statistics, calibrate
-
-WITH_ROWS = [
-    "linear", "conv1d of gpt2", "convolutions", "grouped convolution", "embedding", "activated", "rslora", "mica",
-    "negative alpha", "tied embedding and head",
-]  # fmt: skip
-# Without queries: that of a first token has no effect, since the softmax is over one key. Its gradient is zero or
-# rounding, so whether it counts as a row is a matter of luck.
-STEADY = replace(
-    CASES["linear"],
-    config=CASES["linear"].config | {"target_modules": ["v_proj", "o_proj", "down_proj"]},
-)
-Batch = dict[str, Tensor]
-
-
-def loss_of(model: nn.Module, case: Case) -> Tensor:
-    """A mean over the rows of the batch."""
-    batch = case.batch()
-    found = model(batch)
-    return (found if isinstance(found, Tensor) else found.logits).square().mean()
-
-
-def examples(*lengths: int, seed: int = 0, padding: int = 0) -> Batch:
-    """Token sequences of these lengths, padded at the end, with labels for all but the padding."""
-    width = max(lengths)
-    ids = torch.randint(3, VOCABULARY, (len(lengths), width), generator=torch.Generator().manual_seed(seed))
-    real = functional.pad(torch.arange(width) < torch.tensor(lengths)[:, None], (0, padding))
-    ids = torch.where(real, functional.pad(ids, (0, padding)), 0)
-    return {"input_ids": ids, "attention_mask": real.long(), "labels": torch.where(real, ids, -100)}
-
-
-def halves(batch: Batch) -> Iterator[Batch]:
-    n = len(batch["input_ids"]) // 2
-    for part in (slice(0, n), slice(n, None)):
-        yield {key: tensor[part] for key, tensor in batch.items()}
-
-
-def inputs_as_rows(module: LiveModule, x: Tensor) -> Tensor:
-    """The rows x such that the branch is s B A x: tokens, patches, or one-hot rows of the vocabulary."""
-    if module.kind == "embedding":
-        scale = getattr(module.layer.get_base_layer(), "embed_scale", torch.ones(()))
-        return functional.one_hot(x.flatten(), module.A.shape[1]).double() * scale
-    if module.kind == "conv":
-        conv = module.layer.get_base_layer()
-        x = functional.pad(x, [p for padding in reversed(conv.padding) for p in (padding, padding)])
-        for i, (kernel, stride) in enumerate(zip(conv.kernel_size, conv.stride, strict=True)):
-            x = x.unfold(2 + i, kernel, stride)
-        positions = len(conv.kernel_size)
-        x = x.movedim(1, 1 + positions).flatten(1 + positions)
-    return x.reshape(-1, x.shape[-1]).double()
-
-
-def outputs_as_rows(module: LiveModule, g: Tensor) -> Tensor:
-    g = g.movedim(1, -1) if module.kind == "conv" else g
-    return g.reshape(-1, g.shape[-1]).double()
-
-
-class Dense:
-    """The dense covariances E[x x^T] and E[g g^T] of each layer, from its input and the gradient of its output."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.rows: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        self.modules = {module.path: module for module in live_modules(model, "default")}
-        for module in self.modules.values():
-            module.layer.register_forward_hook(self._watch(module))
-
-    def _watch(self, module: LiveModule) -> Callable[..., None]:
-        def forward(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].detach()
-            output.register_hook(lambda g: self.rows[module.path].append((x, g.detach())))
-
-        return forward
-
-    def moments(self, path: str) -> tuple[Tensor, Tensor, int]:
-        """A E[x x^T] A^T, B^T E[(n g)(n g)^T] B and n, over the rows where the branch gets a gradient."""
-        module = self.modules[path]
-        pieces = [(inputs_as_rows(module, x), outputs_as_rows(module, g)) for x, g in self.rows[path]]
-        x, g = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        A, B = module.rows(module.A.detach()).double(), module.columns(module.B.detach()).double()
-        A, B = (t if t.ndim == 3 else t[None] for t in (A, B))
-        per_copy = g.unflatten(-1, (len(B), -1)).transpose(0, 1)  # groups of a convolution
-        seen = ((per_copy @ B) != 0).any(-1).any(0)
-        x, per_copy, n = x[seen], per_copy[:, seen], int(seen.sum())
-        C_x, F_y = x.T @ x / n, per_copy.mT @ per_copy * n
-        return (A @ C_x @ A.mT).squeeze(0), (B.mT @ F_y @ B).squeeze(0), n
-
-
-def same(found: Tensor, expected: Tensor, room: float = 1e-5) -> bool:
-    return found.shape == expected.shape and bool(
-        ((found.double() - expected.double()).abs() <= room * expected.double().abs().max()).all()
-    )
-
-
-def alike(left: Mapping[str, Moments], right: Mapping[str, Moments], room: float = 1e-5) -> bool:
-    """The same layers, and the same moments up to rounding."""
-    return left.keys() == right.keys() and all(
-        same(left[path].C, right[path].C, room)
-        and same(left[path].F, right[path].F, room)
-        and left[path].rows == pytest.approx(right[path].rows)
-        for path in left
-    )
-
-
-def one_step(model: nn.Module, *batches: Batch, statistics: Statistics | None = None) -> dict[str, Moments]:
-    """Moments of one step over these micro-batches, each with its share of the mean loss."""
-    statistics = statistics or Statistics(model, "default")
-    for batch in batches:
-        (model(**batch).loss / len(batches)).backward()
-    statistics.step()
-    statistics.close()
-    return statistics.moments()
+from lora_squeeze.training.statistics import Statistics
 
 
 @pytest.mark.parametrize("name", WITH_ROWS)
@@ -512,109 +396,3 @@ def test_processes_share_what_they_have_seen(monkeypatch: pytest.MonkeyPatch) ->
             assert same(moments.F, (each[0][path].F + each[1][path].F) / 2)
             assert moments.rows == (each[0][path].rows + each[1][path].rows) / 2
         assert alike(both[0].moments(), both[1].moments(), room=0.0)
-
-
-@pytest.mark.parametrize("name", ["linear", "conv1d of gpt2"])
-def test_calibration_of_a_frozen_adapter_equals_what_training_sees(name: str, tmp_path: Path) -> None:
-    case = CASES[name]
-    model = reload(case, save(adapted(case), tmp_path)).float()
-    assert not any(p.requires_grad for p in model.parameters())
-    batches = [examples(7, 5), examples(4, 4)]
-    found = calibrate(model, batches)
-    trained = adapted(case)
-    statistics = Statistics(trained, "default", decay=1.0)
-    for batch in batches:
-        trained(**batch).loss.backward()
-        statistics.step()
-    assert alike(found, statistics.moments(), 1e-4)
-    own = calibrate(model, [batch["input_ids"] for batch in batches], loss=lambda m, ids: m(ids, labels=ids).loss)
-    assert own.keys() == found.keys()
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_calibration_leaves_everything_as_it_was(fails: bool) -> None:
-    """Values, flags, modes, gradients, hooks and the random state, bit for bit, after an error too."""
-    model = adapted(STEADY, lora_dropout=0.5)
-    model.train()
-    model.get_submodule("base_model.model.model.layers.0").eval()
-    model(**examples(7, 5)).loss.backward()
-    frozen = live_modules(model, "default")[3]
-    frozen.A.requires_grad_(False)
-
-    def snapshot() -> tuple[Any, ...]:
-        return (
-            [(n, p.requires_grad, p.grad, p.detach().clone(), p.data_ptr()) for n, p in model.named_parameters()],
-            [(n, b.clone()) for n, b in model.named_buffers()],
-            [(n, m.training, len(m._forward_hooks)) for n, m in model.named_modules()],
-        )
-
-    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    state = torch.get_rng_state()
-    parameters, buffers, modules = snapshot()
-
-    def loss(m: nn.Module, batch: Batch) -> Tensor:
-        if fails and len(batch["input_ids"]) == 1:
-            raise RuntimeError("out of memory")
-        found: Tensor = m(**batch).loss
-        return found
-
-    batches = [examples(7, 5), examples(6)]
-    if fails:
-        with pytest.raises(RuntimeError, match="out of memory"):
-            calibrate(model, batches, loss=loss)
-    else:
-        with torch.no_grad():
-            first = calibrate(model, batches, loss=loss)
-        assert alike(first, calibrate(model, batches), room=0.0)
-    after = snapshot()
-    assert torch.equal(torch.get_rng_state(), state)
-    assert modules == after[2]
-    for (name, *old, value, _), (_, *new, value_after, _) in zip(parameters, after[0], strict=True):
-        assert old[0] == new[0] and old[1] is new[1] and torch.equal(value, value_after), name
-    assert [p[-1] for p in parameters] == [p[-1] for p in after[0]], "the very memory"
-    assert all(torch.equal(a[1], b[1]) for a, b in zip(buffers, after[1], strict=True))
-    for grad, parameter in zip(grads, model.parameters(), strict=True):
-        assert grad is None or (parameter.grad is not None and torch.equal(grad, parameter.grad))
-
-
-def test_calibration_leaves_the_outputs_alone() -> None:
-    case = CASES["embedding and head"]
-    model = adapted(case)
-    before = outputs(model, case)
-    assert calibrate(model, [examples(7, 5)]).keys() == {m.path for m in live_modules(model, "default")}
-    assert torch.equal(outputs(model, case), before)
-
-
-def test_calibration_that_makes_no_sense_is_refused() -> None:
-    model, batch = adapted(STEADY), examples(7, 5)
-    unlabelled = {key: tensor for key, tensor in batch.items() if key != "labels"}
-    with pytest.raises(LoraSqueezeError, match="there is no batch to calibrate with; give at least one"):
-        calibrate(model, [])
-    with pytest.raises(
-        LoraSqueezeError, match="the model returned no loss; put labels into the batches, or give loss="
-    ):
-        calibrate(model, [unlabelled])
-    with pytest.raises(LoraSqueezeError, match="a batch must be a dict of tensors, got Tensor; or give loss="):
-        calibrate(model, [batch["input_ids"]])
-    with pytest.raises(LoraSqueezeError, match="the loss must be one number with a gradient"):
-        calibrate(model, [batch], loss=lambda m, b: m(**b).logits)
-    with pytest.raises(LoraSqueezeError, match="the loss must be one number with a gradient"):
-        calibrate(model, [batch], loss=lambda m, b: m(**b).loss.detach())
-    with pytest.raises(LoraSqueezeError, match="adapter 'nobody' must be active; active: 'default'"):
-        calibrate(model, [batch], adapter="nobody")
-    with model.disable_adapter(), pytest.raises(LoraSqueezeError, match="must be active; active: none"):
-        calibrate(model, [batch])
-    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
-    model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(LoraSqueezeError, match="the adapter to calibrate must be active; active: 'default', 'other'"):
-        calibrate(model, [batch])
-    assert calibrate(model, [batch], adapter="other") == {}, "its B is zero"
-    model.merge_adapter()
-    with pytest.raises(LoraSqueezeError, match="adapters are merged into the base weights"):
-        calibrate(model, [batch], adapter="default")
-
-
-@pytest.mark.parametrize(("options", "text"), [({"decay": 0.0}, "got 0.0 and 1"), ({"every": 0}, "got 0.95 and 0")])
-def test_numbers_out_of_range_are_refused(options: dict[str, Any], text: str) -> None:
-    with pytest.raises(LoraSqueezeError, match=rf"decay must be in \(0, 1\] and every at least 1, {text}"):
-        Statistics(adapted(STEADY), "default", **options)
