@@ -165,6 +165,16 @@ def test_resume_with_restored_callback_states(tmp_path: Path) -> None:
         assert torch.equal(value, weights(resumed.model)[key]), key
 
 
+def test_missing_statistics_are_told(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 6}
+    trainer(tmp_path, SqueezeCallback(TARGET, data_aware=True), **saving).train()
+    (tmp_path / "checkpoint-6" / "squeeze_statistics.pt").unlink()
+    resumed = trainer(tmp_path, SqueezeCallback(TARGET, data_aware=True), **saving)
+    with pytest.warns(UserWarning, match=r"no squeeze_statistics.pt of adapter 'default' in .*checkpoint-6"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert widths(resumed.model) == {TARGET}
+
+
 def test_checkpoints_are_adapters_of_their_stage(tmp_path: Path) -> None:
     run = trainer(tmp_path, SqueezeCallback(TARGET), save_strategy="steps", save_steps=3, save_total_limit=2)
     run.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from inspect import signature
@@ -160,6 +161,12 @@ class SqueezeCallback(TrainerCallback, ExportableState):
                 state=resumed,
                 **self.options,
             )
+            if resumed and squeezer.statistics is not None and "statistics" not in resumed:
+                warnings.warn(
+                    f"no {STATISTICS_NAME} of adapter {name!r} in {_checkpoint(args, state)}: its statistics begin anew; "
+                    "set resume_from_checkpoint in the TrainingArguments if the checkpoint lies elsewhere",
+                    stacklevel=2,
+                )
             squeezer.steps_done = state.global_step
             self.squeezers[name] = squeezer
         _before_trackers(self)

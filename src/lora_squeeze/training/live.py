@@ -21,7 +21,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ from lora_squeeze.training.optimizer_state import full, like
 
 # What wrappers put into the names of modules: DDP, torch.compile, FSDP, activation checkpointing; and PEFT itself.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_PLAIN_VARIANTS = {"ALoraLinearVariant"}  # an activated LoRA has plain factors; it only begins later in the text
+# Variants with plain factors: an activated LoRA only begins later in the text, MiCA only freezes what it initialises.
+_PLAIN_VARIANTS = {"ALoraLinearVariant", "MiCALinearVariant", "MiCAEmbeddingVariant"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,7 +262,7 @@ def _live(path: str, layer: Any, adapter: str) -> LiveModule:
 
     name = base_name(path)
     variant = getattr(layer, "lora_variant", {}).get(adapter)
-    if variant is not None and type(variant).__name__ not in _PLAIN_VARIANTS and not _plain_init(variant):
+    if variant is not None and type(variant).__name__ not in _PLAIN_VARIANTS:
         raise LoraSqueezeError(f"{name}: {type(variant).__name__} cannot be squeezed as a plain LoRA")
     if layer.merged:
         raise LoraSqueezeError(f"{name}: adapters are merged into the base weights; call unmerge_adapter() first")
@@ -274,11 +275,6 @@ def _live(path: str, layer: Any, adapter: str) -> LiveModule:
     return LiveModule(name, path, layer, adapter, "embedding" if isinstance(layer, Embedding) else "linear")
 
 
-def _plain_init(variant: object) -> bool:
-    """MiCA only freezes what it initialises: its factors are plain."""
-    return type(variant).__name__.startswith("MiCA")
-
-
 def base_name(path: str) -> str:
     """The path in the base model: without PEFT's prefixes and those of wrappers."""
     return _WRAPPERS.sub("", path).removeprefix("base_model.model.").replace(".base_layer", "")
@@ -286,8 +282,6 @@ def base_name(path: str) -> str:
 
 def _grouped(modules: list[LiveModule], tied: bool) -> list[LiveModule]:
     """Mark the modules that must keep one rank, because PEFT gives them one when it loads the file."""
-    from dataclasses import replace
-
     siblings = Counter(base_name(m.path) for m in modules if m.kind == "experts")
     groups: dict[str, str] = {}
     for module in modules:
@@ -305,7 +299,7 @@ def _grouped(modules: list[LiveModule], tied: bool) -> list[LiveModule]:
 
 def _sharing(modules: Sequence[LiveModule]) -> list[tuple[LiveModule, LiveModule]]:
     """Pairs whose factors lie in the same memory, each the transpose of the other: tied embedding and output head."""
-    owners = {m.A.data_ptr(): m for m in modules if m.kind == "embedding"}
+    owners = {m.A.data_ptr(): m for m in modules if m.kind == "embedding" and m.A.data_ptr()}  # 0: an empty shard
     return [(owners[m.B.data_ptr()], m) for m in modules if m.kind != "embedding" and m.B.data_ptr() in owners]
 
 
