@@ -275,3 +275,16 @@ def test_help_prints_every_option_with_the_text_of_the_library() -> None:
     assert "Share of the squared singular values to keep, in (0, 1]" in text
     for name in RULES:
         assert f"--{name.replace('_', '-')}" in result.output
+
+
+def test_an_interruption_is_one_line_and_its_own_exit_code(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_squeeze.hub.load", interrupted)
+    run = command(tmp_path, "squeeze", folder, "-o", tmp_path / "out", "--rank", 2)
+    assert (run.code, run.out) == (130, "")
+    assert run.err.strip() == "lora-squeeze: interrupted; nothing was written"
+    assert not (tmp_path / "out").exists()

@@ -50,15 +50,20 @@ def main() -> None:
     except LoraSqueezeError as error:
         print(f"lora-squeeze: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("lora-squeeze: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
-    except (BrokenPipeError, SystemExit) as stop:
+    except (BrokenPipeError, KeyboardInterrupt, SystemExit) as stop:
+        # Some releases of typer let an interruption through, others make an exit of it.
+        if isinstance(stop, KeyboardInterrupt) or isinstance(_cause(stop.__context__), KeyboardInterrupt):
+            print("lora-squeeze: interrupted; nothing was written", file=sys.stderr)
+            sys.exit(130)
         if not isinstance(stop, BrokenPipeError) and not isinstance(stop.__context__, BrokenPipeError):
             raise
         # The reader of a pipe has seen enough; the command's framework may have turned that into exit code 1.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _cause(error: BaseException | None) -> BaseException | None:
+    return None if error is None else error.__cause__
 
 
 @app.callback(invoke_without_command=True)

@@ -163,8 +163,8 @@ class SqueezeCallback(TrainerCallback, ExportableState):
             )
             if resumed and squeezer.statistics is not None and "statistics" not in resumed:
                 warnings.warn(
-                    f"no {STATISTICS_NAME} of adapter {name!r} in {_checkpoint(args, state)}: its statistics begin anew; "
-                    "set resume_from_checkpoint in the TrainingArguments if the checkpoint lies elsewhere",
+                    f"no {STATISTICS_NAME} of adapter {name!r} in {_checkpoint(args, state)}: its statistics begin "
+                    "anew; set resume_from_checkpoint in the TrainingArguments if the checkpoint lies elsewhere",
                     stacklevel=2,
                 )
             squeezer.steps_done = state.global_step
