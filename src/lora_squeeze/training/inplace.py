@@ -129,6 +129,7 @@ def squeeze_(
     updates = [module.update() for module in modules]
     found = decomposed(modules, updates)
     target = _target_ranks(modules, updates, found, rank, energy, params, ranks, allocate, moments or {})
+    target = _agreed_ranks(target, modules)
     before = sum(m.cost * u.rank for m, u in zip(modules, updates, strict=True))
     new = [
         _truncated(module, update, item, target[module.name], (moments or {}).get(module.path))
@@ -338,6 +339,15 @@ def _tied(new: list[New], modules: Sequence[LiveModule]) -> list[New]:
             B, A, P, R = source.A.mT, source.B.mT, source.R.mT, source.P.mT
             result.append(New(item.module, item.old, B, A, P, R, item.lost))
     return result
+
+
+def _agreed_ranks(target: dict[str, int], modules: Sequence[LiveModule]) -> dict[str, int]:
+    """Those of the first process: another one may round an energy differently."""
+    if _processes() == 1:
+        return target
+    ranks = torch.tensor([target[m.name] for m in modules], device=modules[0].A.device)
+    torch.distributed.broadcast(ranks, src=0)
+    return {m.name: k for m, k in zip(modules, ranks.tolist(), strict=True)}
 
 
 def _agree(new: Iterable[New]) -> None:
