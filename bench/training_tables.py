@@ -48,7 +48,7 @@ def state_table(rows: list[Row], task: str) -> list[str]:
 
 
 def truncation_table(rows: list[Row], task: str) -> list[str]:
-    """Increase of the held-out loss over the source, by rank and metric; share of the plain gap that is closed."""
+    """Increase of the held-out loss over the source, by rank and metric; share of the plain mean that is closed."""
     found = like(rows, experiment="truncation", task=task)
     sources = {row["seed"]: row["loss"] for row in like(found, arm="source")}
     arms = [arm for arm in dict.fromkeys(row["arm"] for row in found) if arm != "source"]
@@ -59,8 +59,10 @@ def truncation_table(rows: list[Row], task: str) -> list[str]:
         plain = {row["seed"]: row["loss"] - sources[row["seed"]] for row in like(found, arm="plain", rank=rank)}
         for arm in arms:
             mine = {row["seed"]: row["loss"] - sources[row["seed"]] for row in like(found, arm=arm, rank=rank)}
-            closed = [1 - mine[seed] / plain[seed] for seed in mine if seed in plain]
-            share = f" (closes {mean(closed):.0%})" if arm != "plain" and closed and min(plain.values()) > 0 else ""
+            gap = mean([plain[seed] for seed in mine]) if mine else 0.0
+            share = (
+                f" (closes {1 - mean(list(mine.values())) / gap:.0%})" if arm != "plain" and mine and gap > 0 else ""
+            )
             cells.append(spread(list(mine.values())) + share if mine else "-")
         lines.append(f"| {rank} | " + " | ".join(cells) + " |")
     return lines
