@@ -9,7 +9,18 @@ from adapter_cases import write_folder
 
 import lora_squeeze
 
-HEAVY = ("torch", "numpy", "transformers", "peft", "accelerate", "huggingface_hub", "safetensors", "matplotlib", "rich")
+HEAVY = (
+    "torch",
+    "numpy",
+    "transformers",
+    "peft",
+    "accelerate",
+    "huggingface_hub",
+    "safetensors",
+    "matplotlib",
+    "plotly",
+    "rich",
+)
 
 
 def imported(code: str) -> set[str]:

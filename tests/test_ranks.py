@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -295,29 +296,35 @@ def test_an_impossible_budget_names_the_smallest_possible(plan: Plan, allocate: 
 
 
 @st.composite
-def some_limits(draw: st.DrawFn) -> Limits:
+def some_limits(draw: st.DrawFn) -> tuple[Any, ...]:
+    """Arguments of Limits: made in the test, as units are."""
     ceiling = draw(st.none() | st.integers(1, 12))
     multiple = draw(st.integers(1, min(4, ceiling or 4)))
     floor = draw(st.integers(0, ceiling or 4))
-    return Limits(floor, ceiling, multiple)
+    choices = draw(st.none() | st.sets(st.integers(1, 9), min_size=1))
+    return floor, ceiling, multiple, None if choices is None else tuple(sorted(choices))
 
 
 @quick
 @given(some_units(), some_limits(), st.sampled_from(RULES), st.sampled_from(ALLOCATIONS), st.floats(0.05, 0.95))
-def test_every_rank_is_within_its_limits(plan: Plan, limits: Limits, rule: str, allocate: str, value: float) -> None:
+def test_every_rank_is_within_its_limits(
+    plan: Plan, bounds: tuple[Any, ...], rule: str, allocate: str, value: float
+) -> None:
     """As files count it (rank times step): at most the ceiling, a multiple or the source rank, at least the floor."""
-    units = made(plan)
+    units, limits = made(plan), Limits(*bounds)
     scaled = {"rank": 1 + int(value * 6), "params": 1 + int(value * 150), "size": 1 + int(value * 150), "sv_ratio": 3}
     try:
         ranks = pick(units, rule, scaled.get(rule, value), allocate, limits)
     except LoraSqueezeError as error:
         assert re.search(
-            r"too small|cannot be allocated|is a multiple of|groups need at least one rank each", str(error)
+            r"too small|cannot be allocated|is a multiple of|groups need at least one rank each|allowed ranks",
+            str(error),
         )
         return
     for unit, k in zip(units, ranks, strict=True):
         assert 0 <= k <= unit.rank
         assert k * unit.step % limits.multiple_of == 0 or k == unit.rank
+        assert limits.choices is None or k == 0 or k * unit.step in limits.choices
         assert limits.ceiling is None or k * unit.step <= limits.ceiling
         top = unit.rank if limits.ceiling is None else min(unit.rank, limits.ceiling // unit.step)
         assert k * unit.step >= min(limits.floor, top * unit.step) and k >= min(unit.floor, top)
@@ -361,6 +368,77 @@ def test_limits_without_a_multiple_between_them_are_refused_by_name() -> None:
     with pytest.raises(LoraSqueezeError, match=r"model.q_proj: no rank from 5 to 7 is a multiple of 4; raise max_rank"):
         pick(units, "energy", 0.5, limits=Limits(5, 7, 4))
     assert pick(units[:1], "energy", 0.5, limits=Limits(5, 7, 4)) == [6], "its source rank is allowed"
+
+
+def test_allowed_ranks_are_kept_to() -> None:
+    units = [Unit("wide", 64, [[0.9**i for i in range(64)]], 3), Unit("small", 12, [[1.0] * 12], 1)]
+    served = Limits(choices=(8, 16, 32))
+    assert pick(units, "rank", 20, limits=served) == [16, 8]
+    assert pick(units, "energy", 0.9, limits=served) == [16, 8], "the next one above, or the highest there is"
+    assert pick(units, "params", 3 * 16 + 8, limits=served) == [16, 8]
+    assert pick(units, "params", 3 * 16 + 8, "uniform", served) == [16, 8]
+    assert pick(units, "params", 3 * 16 + 7, "uniform", served) == [8, 8]
+
+
+@pytest.mark.parametrize("choices", [(), (0, 8), (-1,)])
+def test_allowed_ranks_are_whole_numbers_from_1(choices: tuple[int, ...]) -> None:
+    with pytest.raises(LoraSqueezeError, match=r"allowed ranks must be whole numbers from 1, got \["):
+        Limits(choices=choices)
+
+
+def test_no_allowed_rank_within_reach_is_refused_by_name() -> None:
+    unit = Unit("model.v_proj", 4, [[1.0] * 4], 1)
+    with pytest.raises(
+        LoraSqueezeError, match=r"model.v_proj: none of the allowed ranks 8, 16 is from 1 to 4, which its source rank 4"
+    ):
+        pick([unit], "energy", 0.5, limits=Limits(choices=(8, 16)))
+    with pytest.raises(LoraSqueezeError, match="rank 4 is below all allowed ranks 8, 16"):
+        pick([Unit("q_proj", 32, [[1.0] * 32], 1)], "rank", 4, limits=Limits(choices=(8, 16)))
+
+
+# --- how far from the best ------------------------------------------------------------------------------------------
+
+
+def best_energy(units: Sequence[Unit], ladders: Sequence[Sequence[int]], budget: int) -> float:
+    choices = [ks for ks in itertools.product(*ladders) if price(units, ks) <= budget]
+    return max(energy(units, ks) for ks in choices)
+
+
+@quick
+@given(some_units(free=True), st.integers(1, 150), st.sets(st.integers(1, 5), min_size=1))
+def test_on_any_ladder_a_budget_keeps_more_than_half_of_the_best(plan: Plan, budget: int, rungs: set[int]) -> None:
+    units, limits = made(plan), Limits(choices=(1, *sorted(rungs - {1})))
+    assume(budget >= min(unit.cost for unit in units))
+    ranks = pick(units, "params", budget, limits=limits)
+    best = best_energy(units, [limits.ladder(unit) for unit in units], budget)
+    assert price(units, ranks) <= budget
+    assert energy(units, ranks) * SLACK >= best / 2
+
+
+@pytest.mark.parametrize(("choices", "rank"), [((8, 16, 32, 64), 64), ((1, 2, 4, 8), 8), (None, 8)])
+def test_random_budgets_are_spent_nearly_as_well_as_can_be(choices: tuple[int, ...] | None, rank: int) -> None:
+    """What the optimum keeps more, as a share of all energy: the bounds are those that the module's text gives."""
+    random_ = random.Random(7)
+    missed = []
+    for _ in range(60):
+        units = []
+        for i in range(3):
+            size, decay = math.exp(random_.gauss(0, 1)), random_.uniform(0.02, 0.3)
+            S = [size * math.exp(-decay * j) for j in range(rank)]
+            units.append(Unit(f"unit{i}", rank, [S], random_.choice([1, 2, 3, 5, 7, 11, 28])))
+        limits = Limits(choices=choices)
+        ladders = [limits.ladder(unit) for unit in units]
+        least = min(unit.cost * ladder[1] for unit, ladder in zip(units, ladders, strict=True))
+        budget = random_.randint(least, price(units, [rank] * 3))
+        ranks = pick(units, "params", budget, limits=limits)
+        missed.append((best_energy(units, ladders, budget) - energy(units, ranks)) / total(units))
+    assert max(missed) < 0.04 and sum(missed) / len(missed) < 1e-3, missed
+
+
+def test_a_step_that_does_not_fit_at_first_is_taken_first_where_that_keeps_more() -> None:
+    """By energy per parameter `crumbs` comes first, and then there is no room for `loaf`."""
+    units = [Unit("crumbs", 1, [[1.0]], 1), Unit("loaf", 1, [[9.0]], 100)]
+    assert pick(units, "params", 100) == [0, 1]
 
 
 # --- requests -------------------------------------------------------------------------------------------------------

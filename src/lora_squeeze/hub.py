@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats import peft
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_WANTED = (peft.CONFIG_NAME, peft.WEIGHTS_NAME, peft.PICKLE_NAME, *peft.COMPANIONS, "README.md")
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
 def load(
@@ -42,9 +44,10 @@ def load(
     """
     path = Path(adapter).expanduser()
     if not path.exists():
-        if not _HUB_ID.fullmatch(str(adapter)) or path.is_symlink():
+        if not HUB_ID.fullmatch(str(adapter)) or path.is_symlink():
             raise LoraSqueezeError(f"{adapter}: no such folder, and not the form of a hub id (user/name)")
-        path = _download(str(adapter), subfolder, revision, token, cache_dir)
+        prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+        path = download(str(adapter), [prefix + name for name in _WANTED], revision, token, cache_dir)
     elif path.name in (peft.WEIGHTS_NAME, peft.PICKLE_NAME, peft.CONFIG_NAME):
         path = path.parent
     elif not path.is_dir():
@@ -65,18 +68,21 @@ def _nothing_in(path: Path) -> str:
     return f"{path}: no {peft.CONFIG_NAME}; is this the folder of a PEFT adapter?"
 
 
-def _download(
+def download(
     repository: str,
-    subfolder: str | None,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | os.PathLike[str] | None,
+    patterns: Sequence[str],
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
+    """The files of a hub repository that match one of the patterns, in a folder of the hub's cache.
+
+    Raises:
+        LoraSqueezeError: no such repository, no access, no network and not in the cache.
+    """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    wanted = (peft.CONFIG_NAME, peft.WEIGHTS_NAME, peft.PICKLE_NAME, *peft.COMPANIONS, "README.md")
     try:
         return Path(
             huggingface_hub.snapshot_download(
@@ -84,7 +90,7 @@ def _download(
                 revision=revision,
                 token=token,
                 cache_dir=None if cache_dir is None else Path(cache_dir),
-                allow_patterns=[prefix + name for name in wanted],
+                allow_patterns=list(patterns),
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -14,9 +12,12 @@ from torch import Tensor
 
 from lora_squeeze.adapter import Adapter, Module, Progress
 from lora_squeeze.decompose import METHODS, Decomposition, Method, decompose_all
+from lora_squeeze.dials import Dials, groups_of, unit_of
+from lora_squeeze.dials import parse_size as parse_size
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.lowrank import LowRank
-from lora_squeeze.ranks import RULES, Allocation, Limits, Unit, allocation_for, choose, needs_spectra
+from lora_squeeze.plan import Plan
+from lora_squeeze.ranks import Allocation, Unit
 
 AlphaPolicy = Literal["keep", "fold"]
 _WRITTEN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -96,6 +97,9 @@ def squeeze(
     min_rank: int = 0,
     max_rank: int | None = None,
     multiple_of: int = 1,
+    ranks: Sequence[int] | None = None,
+    same_rank_per: str = "module",
+    plan: Plan | None = None,
     method: Method = "gram",
     alpha: AlphaPolicy = "keep",
     dtype: torch.dtype | None = None,
@@ -105,9 +109,9 @@ def squeeze(
 ) -> Adapter:
     """The best approximation of every update at a smaller rank: LoRA-Squeeze after training (Post-Squeeze).
 
-    One of `rank`, `energy`, `error`, `size`, `params` or an `sv_` rule says how small; `lora_squeeze.ranks` defines
-    them. The result is lazy: factors are computed when it is saved or an `update` is read. The rules that depend on
-    the spectrum read the adapter once here and once when it is saved.
+    One of `rank`, `energy`, `error`, `size`, `params`, an `sv_` rule or a `plan` says how small; `lora_squeeze.ranks`
+    defines the rules. The result is lazy: factors are computed when it is saved or an `update` is read. The rules
+    that depend on the spectrum read the adapter once here and once when it is saved.
 
     Args:
         adapter: what to squeeze.
@@ -125,6 +129,10 @@ def squeeze(
         min_rank: lower bound of every rank. At 0 a module whose directions are not worth their place may leave.
         max_rank: upper bound of every rank; alone, it means rank=max_rank.
         multiple_of: every rank is a multiple of this, or the module's source rank.
+        ranks: the ranks allowed, such as those that a server takes: 8,16,32,64.
+        same_rank_per: "module" (default) or "type": one rank for all q_proj, one for all v_proj, and so on; a module
+            that has less keeps what it has, but is priced like the others in a budget.
+        plan: the rank of every module, from `make_plan` or `Plan.load`, in place of a rule and its limits.
         method: "gram" (exact, default), "qr" (exact), "rsvd" (randomised), "dense" (reference).
         alpha: "keep" writes the adapter's own alpha / r for every module; "fold" multiplies it into B and writes 1.
         dtype: dtype of the factors written; default as stored.
@@ -142,37 +150,47 @@ def squeeze(
         Exact in the Frobenius norm (Eckart-Young). Kept energy is not task quality: measure the task. Not for adapters
         whose base weights were changed at initialisation (PiSSA and others); reading refuses them.
     """
-    given = dict(
-        rank=rank, energy=energy, error=error, size=size, params=params,
-        sv_ratio=sv_ratio, sv_cumulative=sv_cumulative, sv_fro=sv_fro,
+    dials = Dials(
+        rank=rank, energy=energy, error=error, size=size, params=params, sv_ratio=sv_ratio,
+        sv_cumulative=sv_cumulative, sv_fro=sv_fro, allocate=allocate, min_rank=min_rank, max_rank=max_rank,
+        multiple_of=multiple_of, ranks=ranks, same_rank_per=same_rank_per, dtype=dtype,
     )  # fmt: skip
-    rule, value = _the_rule(given, adapter, max_rank, dtype)
+    if plan is not None:
+        others = [name for name in dials.given if name != "dtype"]
+        if others:
+            raise LoraSqueezeError(f"give one rule: a plan says every rank, leave out {', '.join(others)}")
+        dtype = plan.torch_dtype if dtype is None else dtype
     if alpha not in ("keep", "fold"):
         raise LoraSqueezeError(f"alpha must be 'keep' or 'fold', got {alpha!r}")
     if dtype not in (None, *_WRITTEN):
         raise LoraSqueezeError(f"dtype must be one of {', '.join(map(str, _WRITTEN))}, got {dtype}")
     if method not in METHODS:
         raise LoraSqueezeError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    measured: dict[str, Measurement] = {}
+    if plan is not None:
+        step: dict[str, Any] = {"step": "post-squeeze", "rule": "plan", "allocate": "each"}
+        step |= {"method": method, "alpha": alpha}
+        chosen = plan.ranks_for(adapter)
+    else:
+        request = dials.request(adapter)
+        step = request.step(method, alpha)
+        if request.needs_spectra:
+            measured = measure(adapter, progress=progress)
+        chosen = request.choose(adapter, {name: found.values for name, found in measured.items()})
+    source = Squeezed(adapter, method, seed, _usable(device), measured)
     scale = adapter.default_scale if alpha == "keep" and adapter.default_scale > 0 else 1.0
+    return _squeezed(adapter, source, chosen, scale, dtype, step)
 
-    allocate = allocation_for(rule, allocate)
-    measured = measure(adapter, progress=progress) if needs_spectra(rule, allocate) else {}
-    number = parse_size(value) if rule == "size" else value
-    step = {"step": "post-squeeze", "rule": f"{rule}={value}", "allocate": allocate, "method": method, "alpha": alpha}
-    history = (*adapter.history, step)
-    fixed = 0
-    if rule == "size":
-        fixed = adapter.extra_bytes + adapter.format.overhead_bytes(replace(adapter, history=history))
-    groups = _groups(adapter)
-    units = [_unit(group, measured, rule, dtype) for group in groups]
-    chosen = choose(units, rule, number, allocate, Limits(min_rank, max_rank, multiple_of), fixed)
-    if not any(chosen):
-        raise LoraSqueezeError(f"{rule} {value} leaves no module in the adapter; ask for more, or set min_rank 1")
 
-    ranks: dict[str, int] = {}
-    for group, k in zip(groups, chosen, strict=True):
-        useful = max(min(module.out_features, module.in_features) for module in group)  # one rank for a whole group
-        ranks.update({module.name: min(k, useful) for module in group})
+def _squeezed(
+    adapter: Adapter,
+    source: Squeezed,
+    ranks: Mapping[str, int],
+    scale: float,
+    dtype: torch.dtype | None,
+    step: Mapping[str, Any],
+) -> Adapter:
+    """The facts of the adapter after this step."""
     modules = {
         name: replace(
             module,
@@ -188,7 +206,6 @@ def squeeze(
         name: extra if extra.module is None else replace(extra, factor=adapter.modules[extra.module].scale / scale)
         for name, extra in adapter.extras.items()
     }
-    source = Squeezed(adapter, method, seed, _usable(device), measured)
     return replace(
         adapter,
         modules=modules,
@@ -196,7 +213,7 @@ def squeeze(
         source=source,
         default_scale=scale,
         dropped=(*adapter.dropped, *(name for name, k in ranks.items() if not k)),
-        history=history,
+        history=(*adapter.history, step),
     )
 
 
@@ -254,36 +271,6 @@ class Squeezed:
         return self.parent.source.digest()
 
 
-def parse_size(text: float | int | str) -> int:
-    """Bytes in a size such as 5000000, "10MB", "1.5 GiB" or "800k": powers of ten, of two with an i.
-
-    Example:
-        >>> parse_size("10MB"), parse_size("1 KiB")
-        (10000000, 1024)
-    """
-    if not isinstance(text, str) and math.isfinite(text):
-        return int(text)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", str(text).lower())
-    if not match:
-        raise LoraSqueezeError(f"size {text!r} is not understood; write bytes or a unit, such as 10MB or 10MiB")
-    number, prefix, binary = match.groups()
-    power = " kmgt".index(prefix or " ")
-    return int(float(number) * (1024 if binary else 1000) ** power)
-
-
-def _the_rule(
-    given: Mapping[str, Any], adapter: Adapter, max_rank: int | None, dtype: torch.dtype | None
-) -> tuple[str, Any]:
-    asked = {rule: value for rule, value in given.items() if value is not None}
-    if len(asked) > 1:
-        raise LoraSqueezeError(f"give one rule, not {len(asked)}: {', '.join(asked)}")
-    if asked:
-        return next(iter(asked.items()))
-    if max_rank is not None or dtype is not None:
-        return "rank", adapter.rank if max_rank is None else max_rank
-    raise LoraSqueezeError(f"how small? give one of {', '.join(RULES)}")
-
-
 def _usable(device: torch.device | str | None) -> torch.device | None:
     if device is None:
         return None
@@ -294,24 +281,11 @@ def _usable(device: torch.device | str | None) -> torch.device | None:
         raise LoraSqueezeError(f"device {str(device)!r} cannot be used here ({reason:.120})") from error
 
 
-def _groups(adapter: Adapter) -> list[list[Module]]:
-    """Modules that share one rank, in file order of their first member."""
-    key = {name: (1, module.group) if module.group else (0, name) for name, module in adapter.modules.items()}
-    order = {k: i for i, k in reversed(list(enumerate(key.values())))}
-    members = sorted(adapter.modules.values(), key=lambda module: order[key[module.name]])
-    return [list(group) for _, group in groupby(members, key=lambda module: key[module.name])]
+_groups = groups_of
 
 
 def _unit(group: list[Module], measured: Mapping[str, Measurement], rule: str, dtype: torch.dtype | None) -> Unit:
-    itemsize = {module.name: (dtype or module.dtype).itemsize if rule == "size" else 1 for module in group}
-    return Unit(
-        name=group[0].name,
-        rank=max(module.rank for module in group),
-        values=[row for module in group if module.name in measured for row in measured[module.name].values],
-        cost=sum(module.parameters_per_rank * itemsize[module.name] for module in group),
-        floor=max(module.floor for module in group),
-        step=max(module.step for module in group),
-    )
+    return unit_of(group, {name: found.values for name, found in measured.items()}, rule, dtype)
 
 
 def _decomposed(

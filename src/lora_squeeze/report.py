@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lora_squeeze.adapter import Adapter, Module, Progress
+from lora_squeeze.base_figures import BaseComparison, BaseFigures, Weights, compare
+from lora_squeeze.curves import Point, Tradeoff, lost_shares, pooled
+from lora_squeeze.effective_rank import entropy_rank, numerical_rank, stable_rank
 from lora_squeeze.post_squeeze import Measurement, Squeezed, measure
 from lora_squeeze.ranks import shortest_head
 
 ENERGY_MARKS = (0.9, 0.95, 0.99)
+_EFFECTIVE = ("stable_rank", "entropy_rank", "numerical_rank")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One module.
+    """One module. Ranks are counted as files count them: of a grouped convolution, over all groups.
 
     Args:
         name, kind: the module.
@@ -29,6 +35,12 @@ class Row:
         rank_for_energy: smallest rank that keeps 90, 95, 99 % of the energy.
         size_bytes, size_bytes_after: bytes of the factors.
         singular_values: of the update before, descending; a list per copy for stacked experts.
+        step: ranks that one direction counts; 1 but for grouped convolutions.
+        energy_at_rank: energy kept at rank step, 2 step, 3 step, ...
+        bytes_per_step: bytes of `step` ranks.
+        stable_rank, entropy_rank, numerical_rank: `lora_squeeze.effective_rank` defines them. Of stacked experts the
+            first two count the energies summed over the copies, the third is the largest of any copy.
+        base: figures beside the base weight; None where it was not read.
     """
 
     name: str
@@ -45,6 +57,18 @@ class Row:
     size_bytes: int
     size_bytes_after: int
     singular_values: list[float] | list[list[float]]
+    step: int
+    energy_at_rank: list[float]
+    bytes_per_step: int
+    stable_rank: float
+    entropy_rank: float
+    numerical_rank: int
+    base: BaseFigures | None = None
+
+    def energy_at(self, rank: int) -> float:
+        """Energy kept at a rank from 1; a grouped convolution keeps at least one direction per group."""
+        k = max(rank // self.step, 1)
+        return self.energy_at_rank[k - 1] if k <= len(self.energy_at_rank) else 1.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +82,9 @@ class Report:
         extra_bytes: kind of carried tensor -> bytes.
         causes: kind of carried tensor -> why it is there.
         notes: things a person should know.
+        tradeoff: energy and size at every rank, before the squeeze.
+        request: the dial that `rank_after` answers, where a plan was asked for.
+        base: what was found beside the base model.
     """
 
     rows: list[Row]
@@ -67,6 +94,9 @@ class Report:
     extra_bytes: dict[str, int]
     causes: dict[str, str]
     notes: list[str]
+    tradeoff: Tradeoff = field(repr=False)
+    request: Mapping[str, Any] = field(default_factory=dict)
+    base: BaseComparison | None = None
 
     @property
     def energy(self) -> float:
@@ -89,17 +119,22 @@ class Report:
         """Smallest energy kept by a module."""
         return min(row.energy for row in self.rows)
 
+    @property
+    def curve(self) -> list[Point]:
+        """Energy and size at every uniform rank."""
+        return self.tradeoff.uniform
+
+    @property
+    def best_curve(self) -> list[Point]:
+        """The same at the best rank for each module, at the number of parameters of some uniform ranks."""
+        return self.tradeoff.best
+
     def uniform_rank(self, energy: float = 0.95) -> int:
         """Smallest rank for all modules at which they keep this energy on average."""
-        top = max(row.rank for row in self.rows)
-        curves = [_energy_curve(row) for row in self.rows]
-        for rank in range(1, top + 1):
-            if sum(curve[min(rank, len(curve)) - 1] for curve in curves) / len(curves) >= energy:
-                return rank
-        return top
+        return next((point.rank for point in self.curve if point.mean_energy >= energy), self.tradeoff.top)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON-ready data; what `--json` prints."""
+        """The report as JSON-ready data; what `squeeze --json` prints."""
         return {
             "format": self.format,
             "modules": [asdict(row) for row in self.rows],
@@ -114,7 +149,22 @@ class Report:
                 "causes": self.causes,
             },
             "recommended_rank": self.uniform_rank(),
+            "curve": [point.to_json() for point in self.curve],
+            "effective_ranks": {name: _spread([getattr(row, name) for row in self.rows]) for name in _EFFECTIVE},
+            "kinds": [_kind(name, rows) for name, rows in by_kind(self.rows).items()],
             "notes": self.notes,
+        }
+
+    def inspection(self) -> dict[str, Any]:
+        """What `inspect --json` prints: `to_json`, and what takes longer to find."""
+        ranks = {row.name: row.rank_after for row in self.rows}
+        return {
+            **self.to_json(),
+            "rank": self.tradeoff.top,
+            "recommended_ranks": {str(mark): self.uniform_rank(mark) for mark in ENERGY_MARKS},
+            "best_curve": [point.to_json() for point in self.best_curve],
+            "plan": {"request": dict(self.request), "ranks": ranks} if self.request else None,
+            "base": self.base.to_json() if self.base else None,
         }
 
 
@@ -147,6 +197,7 @@ def report(adapter: Adapter, progress: Progress | None = None) -> Report:
         extra_bytes=extra_bytes,
         causes=causes,
         notes=list(adapter.notes),
+        tradeoff=Tradeoff.of(before, measured),
     )
 
 
@@ -155,16 +206,44 @@ def _whole(module: Module, found: Measurement | None) -> bool:
     return found is not None and len(found.values[0]) == min(module.rank, module.out_features, module.in_features)
 
 
-def inspect(adapter: Adapter, progress: Progress | None = None) -> Report:
-    """Spectrum, ranks and sizes of an adapter; for the result of a squeeze, before and after. The same as `.report`."""
-    return report(adapter, progress)
+def inspect(
+    adapter: Adapter, progress: Progress | None = None, *, base: Weights | None = None, **budget: Any
+) -> Report:
+    """Spectra, ranks and sizes of an adapter, and the rank it needs; for the result of a squeeze, before and after.
+
+    Args:
+        adapter: what to look at; nothing is written.
+        progress: called with (bytes done, bytes in all) while tensors are read.
+        base: the base model's weights, from `lora_squeeze.base_model.open_base`; read one tensor at a time.
+        budget: one dial of `lora_squeeze.squeeze` and the options that go with it, such as size="10MB" or
+            rank=8, allocate="global". `rank_after` and `energy` are then the plan for it, by module.
+
+    Returns:
+        Report. Without a budget it is the same as `adapter.report`.
+
+    Raises:
+        LoraSqueezeError: NaN in a factor, or a budget that `squeeze` would refuse.
+    """
+    asked = {name: value for name, value in budget.items() if value is not None}
+    found = report(adapter.squeeze(**asked, progress=progress) if asked else adapter, progress)
+    if asked:
+        found = replace(found, request=asked)
+    return found if base is None else _beside(found, adapter, base, progress)
+
+
+def _beside(found: Report, adapter: Adapter, base: Weights, progress: Progress | None) -> Report:
+    """The report with the figures that need the base weights."""
+    source = adapter.source.parent if isinstance(adapter.source, Squeezed) else adapter
+    figures, comparison = compare(source, {row.name: row.norm for row in found.rows}, base, progress)
+    rows = [replace(row, base=figures.get(row.name)) for row in found.rows]
+    return replace(found, rows=rows, base=comparison, notes=[*found.notes, *comparison.notes(figures)])
 
 
 def _rows(before: Adapter, after: Adapter, measured: Mapping[str, Measurement]) -> list[Row]:
     rows = []
     for name, module in before.modules.items():
         found, kept = measured[name], after.modules.get(name)
-        rank = kept.rank if kept else 0
+        rank, energies = kept.rank if kept else 0, pooled(measured[name].values)
         lost = found.discarded(rank) if rank < module.rank else 0.0
         rows.append(
             Row(
@@ -178,29 +257,51 @@ def _rows(before: Adapter, after: Adapter, measured: Mapping[str, Measurement]) 
                 norm=found.norm,
                 discarded=lost,
                 rounding=found.rounding,
-                rank_for_energy={str(mark): _rank_for(found, mark) for mark in ENERGY_MARKS},
+                rank_for_energy={str(mark): module.step * shortest_head(energies, 1 - mark) for mark in ENERGY_MARKS},
                 size_bytes=module.size_bytes,
                 size_bytes_after=kept.size_bytes if kept else 0,
                 singular_values=found.values if module.copies > 1 else found.values[0],
+                step=module.step,
+                energy_at_rank=[1.0 - share for share in lost_shares(energies)[1:]],
+                bytes_per_step=module.parameters_per_rank * module.dtype.itemsize,
+                stable_rank=stable_rank(energies),
+                entropy_rank=entropy_rank(energies),
+                numerical_rank=max(numerical_rank(values, module.dtype) for values in found.values),
             )
         )
     return rows
 
 
-def _rank_for(found: Measurement, energy: float) -> int:
-    pooled = [sum(s * s for s in column) for column in zip(*found.values, strict=True)]
-    return shortest_head(pooled, 1 - energy) if any(pooled) else 0
+def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The modules by the end of their name, such as q_proj or to_out.0, in the order in which these occur."""
+    kinds: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        kinds[re.split(r"\.(?!\d+(?:\.|$))", row.name)[-1]].append(row)
+    return dict(kinds)
 
 
-def _energy_curve(row: Row) -> list[float]:
-    copies: Any = (
-        row.singular_values
-        if row.singular_values and isinstance(row.singular_values[0], list)
-        else [row.singular_values]
-    )
-    pooled = [sum(s * s for s in column) for column in zip(*copies, strict=True)]
-    total, kept, curve = math.fsum(pooled), 0.0, []
-    for energy in pooled:
-        kept += energy
-        curve.append(kept / total if total else 1.0)
-    return curve
+def _kind(name: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Modules of one kind together; [smallest, largest] where they differ."""
+    total = math.fsum(row.norm**2 for row in rows)
+    ranks = range(1, max(row.rank for row in rows) + 1)
+    lost = [math.fsum(row.norm**2 * (1.0 - row.energy_at(rank)) for row in rows) for rank in ranks]
+    return {
+        "name": name,
+        "modules": len(rows),
+        "rank": _bounds([row.rank for row in rows]),
+        "rank_after": _bounds([row.rank_after for row in rows]),
+        "rank_for_energy": {
+            mark: _bounds([row.rank_for_energy[mark] for row in rows]) for mark in rows[0].rank_for_energy
+        },
+        "effective_ranks": {name: _spread([getattr(row, name) for row in rows]) for name in _EFFECTIVE},
+        "energy_at_rank": [1.0 - share / total if total else 1.0 for share in lost],
+        "bytes": sum(row.size_bytes for row in rows),
+    }
+
+
+def _bounds(values: Sequence[int]) -> list[int]:
+    return [min(values), max(values)]
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"min": min(values), "mean": math.fsum(values) / len(values), "max": max(values)}

@@ -6,17 +6,20 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_squeeze.cli.docs import option_help
+from lora_squeeze.cli.options import AdapterArgument, Each, Json, Revision, Subfolder, rank_list
+from lora_squeeze.cli.options import load_adapter as _load
+from lora_squeeze.cli.options import option as _option
+from lora_squeeze.cli.options import parse_dtype as _dtype
+from lora_squeeze.cli.plan import plan as plan_command
+from lora_squeeze.cli.search import search as search_command
 from lora_squeeze.cli.train import train
 from lora_squeeze.errors import LoraSqueezeError
 
 if TYPE_CHECKING:
-    import torch
-
     from lora_squeeze.adapter import Adapter
 
 app = typer.Typer(
@@ -27,17 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its formatted help takes longer to import than all else together
 )
-
-
-def _option(name: str, module: str = "post_squeeze", function: str = "squeeze") -> Any:
-    return typer.Option(help=option_help(module, function)[name], show_default=False)
-
-
-AdapterArgument = Annotated[str, typer.Argument(help="Folder of a PEFT adapter, or a hub id such as user/adapter.")]
-Subfolder = Annotated[str | None, _option("subfolder", module="hub", function="load")]
-Revision = Annotated[str | None, _option("revision", module="hub", function="load")]
-Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
-Each = Annotated[bool, typer.Option("--each", help="One line per module instead of one per kind of module.")]
 
 
 def main() -> None:
@@ -91,6 +83,12 @@ def squeeze(
     min_rank: Annotated[int, _option("min_rank")] = 0,
     max_rank: Annotated[int | None, _option("max_rank")] = None,
     multiple_of: Annotated[int, _option("multiple_of")] = 1,
+    ranks: Annotated[str | None, _option("ranks")] = None,
+    same_rank_per: Annotated[str, _option("same_rank_per")] = "module",
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="File with the rank of every module, from the plan command, in place of a rule."),
+    ] = None,
     method: Annotated[str, _option("method")] = "gram",
     alpha: Annotated[str, _option("alpha")] = "keep",
     dtype: Annotated[str | None, _option("dtype")] = None,
@@ -105,6 +103,7 @@ def squeeze(
 ) -> None:
     """Make an adapter smaller: the best approximation of every update at a lower rank."""
     from lora_squeeze.cli import show
+    from lora_squeeze.plan import Plan
 
     if output is None and not dry_run:
         raise typer.BadParameter("give an output folder with -o, or --dry-run", param_hint="--output")
@@ -115,7 +114,9 @@ def squeeze(
         result = source.squeeze(
             rank=rank, energy=energy, error=error, size=size, params=params, sv_ratio=sv_ratio,
             sv_cumulative=sv_cumulative, sv_fro=sv_fro, allocate=allocate, min_rank=min_rank, max_rank=max_rank,
-            multiple_of=multiple_of, method=method, alpha=alpha, dtype=_dtype(dtype), device=device, seed=seed,
+            multiple_of=multiple_of, ranks=rank_list(ranks), same_rank_per=same_rank_per,
+            plan=None if plan is None else Plan.load(plan), method=method, alpha=alpha, dtype=_dtype(dtype),
+            device=device, seed=seed,
             progress=progress,
         )  # fmt: skip
     _refuse_no_op(source, result, alpha)
@@ -137,30 +138,49 @@ def squeeze(
 @app.command()
 def inspect(
     adapter: AdapterArgument,
+    size: Annotated[str | None, _option("size")] = None,
+    params: Annotated[int | None, _option("params")] = None,
+    rank: Annotated[int | None, _option("rank")] = None,
+    allocate: Annotated[str | None, _option("allocate")] = None,
+    min_rank: Annotated[int | None, _option("min_rank")] = None,
+    max_rank: Annotated[int | None, _option("max_rank")] = None,
+    multiple_of: Annotated[int | None, _option("multiple_of")] = None,
+    ranks: Annotated[str | None, _option("ranks")] = None,
+    same_rank_per: Annotated[str | None, _option("same_rank_per")] = None,
+    base: Annotated[str | None, _option("model", module="base_model", function="open_base")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with charts to this file; it works offline.")
+    ] = None,
     subfolder: Subfolder = None,
     revision: Revision = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the page if the file is there.")] = False,
     each: Each = False,
     as_json: Json = False,
 ) -> None:
-    """Show ranks, spectra and sizes of an adapter, and the rank that it needs."""
+    """Show ranks, spectra and sizes of an adapter, the rank that it needs, and the best ranks for a budget."""
+    from lora_squeeze.base_model import open_base
     from lora_squeeze.cli import show
+    from lora_squeeze.html_report import check_target, write_page
     from lora_squeeze.report import inspect as inspected
 
+    if html is not None:
+        check_target(html, force=force)
     source = _load(adapter, subfolder, revision)
     with show.progress("reading") as progress:
-        report = inspected(source, progress)
+        report = inspected(
+            source, progress, base=None if base is None else open_base(base), size=size, params=params, rank=rank,
+            allocate=allocate, min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of, ranks=rank_list(ranks),
+            same_rank_per=same_rank_per,
+        )  # fmt: skip
+    if html is not None:
+        write_page(report, html, name=Path(adapter).resolve().name if Path(adapter).exists() else adapter, force=force)
     if as_json:
-        print(json.dumps({**report.to_json(), "rank": source.rank}))
+        print(json.dumps(report.inspection()))
         return
     console = show.console()
-    console.print(show.inspect_table(report, each))
-    lines = (
-        *show.bytes_lines(report, after=False),
-        *report.notes,
-        f"Rank {report.uniform_rank(0.95)} for all modules keeps 95 % of the energy on average, "
-        f"rank {report.uniform_rank(0.99)} keeps 99 %. Energy is not task quality: measure on the task.",
-    )
-    for line in lines:
+    console.print(*show.inspect_tables(report, each))
+    lines = [*show.bytes_lines(report, after=False), *report.notes, *show.recommendation(report)]
+    for line in [*lines, *([] if html is None else [f"page written to {html}"])]:
         console.print(line, markup=False, highlight=False)
 
 
@@ -185,24 +205,8 @@ def demo(
 
 
 app.command()(train)
-
-
-def _load(adapter: str, subfolder: str | None, revision: str | None) -> Adapter:
-    from lora_squeeze.hub import load
-
-    return load(adapter, subfolder=subfolder, revision=revision)
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    import torch
-
-    short = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
-    found = getattr(torch, short.get(name, name), None)
-    if not isinstance(found, torch.dtype):
-        raise LoraSqueezeError(f"dtype {name!r} is not known; choose float32, float16 or bfloat16")
-    return found
+app.command("plan")(plan_command)
+app.command("search")(search_command)
 
 
 def _refuse_no_op(source: Adapter, result: Adapter, alpha: str) -> None:

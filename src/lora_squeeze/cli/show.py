@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from lora_squeeze.report import by_kind
 
 if TYPE_CHECKING:
     from lora_squeeze.adapter import Progress
@@ -52,21 +55,51 @@ def squeeze_table(report: Report, each: bool) -> Table:
     return table
 
 
-def inspect_table(report: Report, each: bool) -> Table:
-    """Ranks and how many directions hold 90, 95 and 99 % of the energy."""
-    table = Table("module", "rank", "90 %", "95 %", "99 %", "largest s", "norm", "scale", "bytes")
+def inspect_tables(report: Report, each: bool) -> list[Table]:
+    """Ranks: as they are, as planned, by energy, effective. Sizes: of the update, beside the base weight, in bytes.
+
+    Two tables, since one would not fit in the 80 columns of a terminal.
+    """
+    plan, base = bool(report.request), report.base is not None
+    headers = ["rank", *(["plan"] if plan else []), "90 %", "95 %", "99 %", "stable", "entropy", "numerical"]
+    ranks = Table("module", *headers, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    headers = ["norm", *(["of the weight", "lost in bf16"] if base else []), "scale", "bytes"]
+    sizes = Table("module", *headers, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, rows in _lines(report, each):
-        marks = [_range([row.rank_for_energy[mark] for row in rows]) for mark in ("0.9", "0.95", "0.99")]
-        table.add_row(
+        ranks.add_row(
             name,
             _range([row.rank for row in rows]),
-            *marks,
-            f"{max(_largest(row) for row in rows):.3g}",
+            *([_range([row.rank_after for row in rows])] if plan else []),
+            *(_range([row.rank_for_energy[mark] for row in rows]) for mark in ("0.9", "0.95", "0.99")),
+            _short_range([row.stable_rank for row in rows]),
+            _short_range([row.entropy_rank for row in rows]),
+            _range([row.numerical_rank for row in rows]),
+        )
+        sizes.add_row(
+            name,
             f"{sum(row.norm**2 for row in rows) ** 0.5:.3g}",
+            *(_beside_base(rows) if base else []),
             _range([row.scale for row in rows]),
             size(sum(row.size_bytes for row in rows)),
         )
-    return table
+    return [ranks, sizes]
+
+
+def recommendation(report: Report) -> list[str]:
+    """Which rank, in sentences."""
+    lines = []
+    if report.request:
+        asked = ", ".join(f"{name} {value}" for name, value in report.request.items())
+        lines.append(
+            f"Plan for {asked}: {size(report.lora_bytes_after)} of factors keep {report.energy:.2%} of the energy, "
+            f"{report.mean_energy:.2%} on average, {report.min_energy:.2%} of the module that loses most."
+        )
+    half, most = report.uniform_rank(0.95), report.uniform_rank(0.99)
+    return [
+        *lines,
+        f"Rank {half} for all modules keeps 95 % of the energy on average, rank {most} keeps 99 %. "
+        "Energy is not task quality: measure on the task.",
+    ]
 
 
 def bytes_lines(report: Report, after: bool) -> list[str]:
@@ -79,17 +112,29 @@ def bytes_lines(report: Report, after: bool) -> list[str]:
 
 
 def _lines(report: Report, each: bool) -> list[tuple[str, list[Row]]]:
+    """What stands in one line, by name; a name may hold brackets, which are no markup."""
     if each:
-        return [(row.name, [row]) for row in report.rows]
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in report.rows:
-        groups[row.name.rpartition(".")[2]].append(row)
-    return [(f"{name} x {len(rows)}" if len(rows) > 1 else name, rows) for name, rows in groups.items()]
+        return [(escape(row.name), [row]) for row in report.rows]
+    groups = by_kind(report.rows).items()
+    return [(escape(name) + (f" x {len(rows)}" if len(rows) > 1 else ""), rows) for name, rows in groups]
 
 
 def _range(values: list[int] | list[float]) -> str:
     low, high = min(values), max(values)
     return f"{low:g}" if low == high else f"{low:g}-{high:g}"
+
+
+def _short_range(values: list[float]) -> str:
+    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
+    return low if low == high else f"{low}-{high}"
+
+
+def _beside_base(rows: list[Row]) -> list[str]:
+    """Size of the updates beside their weights, and what a merge in bf16 loses; nothing where that was not found."""
+    found = [row.base for row in rows if row.base]
+    lost = [100 * base.merge_error for base in found if base.merge_error is not None]
+    sizes = _short_range([base.relative_norm for base in found]) if found else ""
+    return [sizes, f"{_short_range(lost)} %" if lost else ""]
 
 
 def _change(rows: list[Row]) -> str:
@@ -109,8 +154,3 @@ def _error(rows: list[Row]) -> float:
 
 def _bytes(rows: list[Row]) -> str:
     return f"{size(sum(row.size_bytes for row in rows))} -> {size(sum(row.size_bytes_after for row in rows))}"
-
-
-def _largest(row: Row) -> float:
-    first = row.singular_values[0]
-    return max(copy[0] for copy in row.singular_values) if isinstance(first, list) else first  # type: ignore[index]

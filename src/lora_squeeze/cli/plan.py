@@ -1,0 +1,108 @@
+"""`lora-squeeze plan`: the ranks that a squeeze would choose, in a file that can be read and edited."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_squeeze.cli.options import (
+    AdapterArgument,
+    Each,
+    Json,
+    Revision,
+    Subfolder,
+    load_adapter,
+    option,
+    parse_dtype,
+    rank_list,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lora_squeeze.plan import Plan
+
+
+def plan(
+    adapter: AdapterArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write: TOML, or JSON if it ends with .json.", show_default=False),
+    ] = None,
+    rank: Annotated[int | None, option("rank")] = None,
+    energy: Annotated[float | None, option("energy")] = None,
+    error: Annotated[float | None, option("error")] = None,
+    size: Annotated[str | None, option("size")] = None,
+    params: Annotated[int | None, option("params")] = None,
+    sv_ratio: Annotated[float | None, option("sv_ratio")] = None,
+    sv_cumulative: Annotated[float | None, option("sv_cumulative")] = None,
+    sv_fro: Annotated[float | None, option("sv_fro")] = None,
+    allocate: Annotated[str | None, option("allocate")] = None,
+    min_rank: Annotated[int, option("min_rank")] = 0,
+    max_rank: Annotated[int | None, option("max_rank")] = None,
+    multiple_of: Annotated[int, option("multiple_of")] = 1,
+    ranks: Annotated[str | None, option("ranks")] = None,
+    same_rank_per: Annotated[str, option("same_rank_per")] = "module",
+    dtype: Annotated[str | None, option("dtype")] = None,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    each: Each = False,
+    as_json: Json = False,
+) -> None:
+    """Write the ranks that a squeeze would choose to a file, for `squeeze --plan`; without -o, show them."""
+    from lora_squeeze.cli import show
+    from lora_squeeze.plan import make_plan
+    from lora_squeeze.plan_file import check_target, to_json
+
+    if output is not None:
+        check_target(output, force=force)
+    with show.progress("measuring") as progress:
+        made = make_plan(
+            load_adapter(adapter, subfolder, revision), name=adapter, progress=progress, rank=rank, energy=energy,
+            error=error, size=size, params=params, sv_ratio=sv_ratio, sv_cumulative=sv_cumulative, sv_fro=sv_fro,
+            allocate=allocate, min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of, ranks=rank_list(ranks),
+            same_rank_per=same_rank_per, dtype=parse_dtype(dtype),
+        )  # fmt: skip
+    if output is not None:
+        made.save(output, force=force)
+    if as_json:
+        print(to_json(made), end="")
+        return
+    console = show.console()
+    console.print(_table(made, each))
+    totals = made.totals
+    lines = [
+        f"{totals['parameters']:,} parameters, at most {show.size(totals['file_bytes'])}, "
+        f"energy kept {totals['energy']:.2%}, error {totals['error']:.4f}"
+    ]
+    lines += ["nothing written: give -o plan.toml"] if output is None else [f"written to {output}"]
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
+def _table(made: Plan, each: bool) -> Table:
+    """Ranks, largest error and reasons: one line per kind of module, or per module."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows: dict[str, list[str]] = {}
+    for name in made.modules:
+        rows.setdefault(name if each else name.rpartition(".")[2], []).append(name)
+    table = Table("module", "rank", "error", "reason")
+    for kind, names in rows.items():
+        found = [made.modules[name] for name in names]
+        ranks = sorted({row.rank for row in found})
+        reasons = Counter(row.reason for row in found)
+        table.add_row(
+            escape(f"{kind} x {len(names)}" if len(names) > 1 else kind),
+            f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}",
+            f"{max(row.error or 0.0 for row in found):.4f}",
+            escape(
+                "; ".join(f"{reason} ({count})" if len(reasons) > 1 else reason for reason, count in reasons.items())
+            ),
+        )
+    return table

@@ -1,0 +1,260 @@
+"""Dials: one rule and the limits beside it, and the rank of every module of an adapter that they mean."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from lora_squeeze.adapter import Adapter, Module
+from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.ranks import RULES, Allocation, Limits, Unit, allocation_for, choose, needs_spectra
+
+SHARED = ("module", "type")
+Spectra = Mapping[str, list[list[float]]]  # module -> singular values of each copy
+
+
+@dataclass(frozen=True)
+class Dials:
+    """How small: the arguments of `lora_squeeze.squeeze` that say it, which describes each of them."""
+
+    rank: int | None = None
+    energy: float | None = None
+    error: float | None = None
+    size: int | str | None = None
+    params: int | None = None
+    sv_ratio: float | None = None
+    sv_cumulative: float | None = None
+    sv_fro: float | None = None
+    allocate: Allocation | None = None
+    min_rank: int = 0
+    max_rank: int | None = None
+    multiple_of: int = 1
+    ranks: Sequence[int] | None = None
+    same_rank_per: str = "module"
+    dtype: torch.dtype | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The dials that are not at their defaults."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
+    def request(self, adapter: Adapter) -> Request:
+        """The rule meant, checked.
+
+        Raises:
+            LoraSqueezeError: no rule or more than one, unknown words, impossible limits.
+        """
+        asked = {name: value for name, value in self.given.items() if name in RULES}
+        if len(asked) > 1:
+            raise LoraSqueezeError(f"give one rule, not {len(asked)}: {', '.join(asked)}")
+        if not asked and self.max_rank is None and self.dtype is None:
+            raise LoraSqueezeError(f"how small? give one of {', '.join(RULES)}, or a plan")
+        default = {"rank": adapter.rank if self.max_rank is None else self.max_rank}
+        rule, value = next(iter((asked or default).items()))
+        if self.same_rank_per not in SHARED:
+            raise LoraSqueezeError(f"same_rank_per must be one of {', '.join(SHARED)}, got {self.same_rank_per!r}")
+        choices = None if self.ranks is None else tuple(sorted(set(self.ranks)))
+        return Request(
+            rule=rule,
+            value=value,
+            number=parse_size(value) if rule == "size" else value,
+            allocate=allocation_for(rule, self.allocate),
+            limits=Limits(self.min_rank, self.max_rank, self.multiple_of, choices),
+            per_type=self.same_rank_per == "type",
+            dtype=self.dtype,
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """Checked dials.
+
+    Args:
+        rule, value: as given.
+        number: the value as `ranks.choose` takes it.
+        allocate, limits: for `ranks.choose`.
+        per_type: one rank for all modules of a type.
+        dtype: of the factors to be written; None: as stored.
+    """
+
+    rule: str
+    value: Any
+    number: float
+    allocate: Allocation
+    limits: Limits
+    per_type: bool = False
+    dtype: torch.dtype | None = None
+
+    @property
+    def needs_spectra(self) -> bool:
+        """Whether the singular values decide."""
+        return needs_spectra(self.rule, self.allocate)
+
+    def step(self, method: str = "gram", alpha: str = "keep") -> dict[str, Any]:
+        """What the adapter's history says of it."""
+        rule = f"{self.rule}={self.value}"
+        return {"step": "post-squeeze", "rule": rule, "allocate": self.allocate, "method": method, "alpha": alpha}
+
+    def choose(self, adapter: Adapter, spectra: Spectra) -> dict[str, int]:
+        """Module -> rank of its LowRank; 0: it leaves.
+
+        Args:
+            adapter: the source.
+            spectra: of all modules, or empty where they do not matter.
+        """
+        units = self._units(adapter, spectra)
+        chosen = choose([unit for unit, _ in units], *self._arguments(adapter, self.limits))
+        if not any(chosen):
+            raise LoraSqueezeError(
+                f"{self.rule} {self.value} leaves no module in the adapter; ask for more, or set min_rank 1"
+            )
+        ranks: dict[str, int] = {}
+        for (_, groups), k in zip(units, chosen, strict=True):
+            for group in groups:  # one rank for a whole group
+                useful = max(min(module.out_features, module.in_features) for module in group)
+                common = min(k, max(module.rank for module in group))
+                kept = common if self.limits.choices is not None else min(common, useful)
+                ranks.update({module.name: kept for module in group})
+        return {name: ranks[name] for name in adapter.modules}
+
+    def reasons(self, adapter: Adapter, spectra: Spectra, ranks: Mapping[str, int]) -> dict[str, str]:
+        """Module -> why it has its rank, in a few words; `ranks` as `choose` gives them for the same arguments.
+
+        A limit is the reason where the rule alone, without limits, would have chosen another rank.
+        """
+        units = self._units(adapter, spectra)
+        chosen = choose([unit for unit, _ in units], *self._arguments(adapter, self.limits))
+        free = [replace(unit, floor=0) for unit, _ in units]
+        wanted = choose(free, *self._arguments(adapter, Limits()))
+        reasons: dict[str, str] = {}
+        for (unit, groups), k, alone in zip(units, chosen, wanted, strict=True):
+            text = self._reason(unit, k, alone)
+            for module in (module for group in groups for module in group):
+                rank = ranks[module.name]
+                if rank == module.rank:
+                    reason = "kept: source rank"
+                elif rank > module.rank:
+                    reason = "common rank of its group"
+                elif rank < min(k, module.rank):
+                    reason = "all its directions"
+                else:
+                    reason = f"{text}, shared by all {type_of(module)}" if len(groups) > 1 else text
+                reasons[module.name] = reason
+        return {name: reasons[name] for name in adapter.modules}
+
+    def _reason(self, unit: Unit, k: int, wanted: int) -> str:
+        limits = self.limits
+        if k < wanted and limits.ceiling is not None and (k + 1) * unit.step > limits.ceiling:
+            return f"max_rank {limits.ceiling}"
+        if k > wanted and k == limits.ladder(unit)[0]:
+            if limits.floor:
+                return f"floor: min_rank {limits.floor}"
+            if unit.floor:
+                return "floor: the module cannot leave the adapter"
+        text = self.text
+        if k != wanted and limits.choices is not None:
+            text += ", one of the allowed ranks"
+        elif k != wanted and limits.multiple_of > 1:
+            text += f", a multiple of {limits.multiple_of}"
+        return text if k else f"{text}, not worth its place"
+
+    @property
+    def text(self) -> str:
+        """The rule in words."""
+        if self.rule in ("params", "size"):
+            return "budget: energy per parameter" if self.allocate == "global" else "budget: one rank for all"
+        if self.rule == "rank":
+            return (
+                f"budget of rank {self.value}: energy per parameter"
+                if self.allocate == "global"
+                else f"rank {self.value}"
+            )
+        return f"{self.rule} {self.value}" + {
+            "each": "",
+            "uniform": ", one rank for all",
+            "global": " over all, energy per parameter",
+        }.get(self.allocate, "")
+
+    def _arguments(self, adapter: Adapter, limits: Limits) -> tuple[str, float, Allocation, Limits, int]:
+        """The arguments of `ranks.choose` after the units."""
+        fixed = 0
+        if self.rule == "size":
+            # The history has a place in the file. It is counted as if its words were of the longest: so the smallest
+            # size that a refusal names is possible.
+            step = self.step("dense")
+            done = (*adapter.history, {**step, "rule": step["rule"].ljust(len("size=1234567890.12 GiB"))})
+            fixed = adapter.extra_bytes + adapter.format.overhead_bytes(replace(adapter, history=done))
+        return self.rule, self.number, self.allocate, limits, fixed
+
+    def _units(self, adapter: Adapter, spectra: Spectra) -> list[tuple[Unit, list[list[Module]]]]:
+        """What takes one rank, with the groups in it that must."""
+        found = groups_of(adapter)
+        together = _of_one_type(found) if self.per_type else [[group] for group in found]
+        whole = [[module for group in groups for module in group] for groups in together]
+        units = [unit_of(members, spectra, self.rule, self.dtype) for members in whole]
+        return list(zip(units, together, strict=True))
+
+
+def unit_of(members: Sequence[Module], spectra: Spectra, rule: str, dtype: torch.dtype | None) -> Unit:
+    """Modules that share one rank as `ranks.choose` takes them; priced in bytes for "size", else in parameters."""
+    itemsizes = [(dtype or module.dtype).itemsize if rule == "size" else 1 for module in members]
+    return Unit(
+        name=members[0].name,
+        rank=max(module.rank for module in members),
+        values=[row for module in members for row in spectra.get(module.name, ())],
+        cost=sum(m.parameters_per_rank * itemsize for m, itemsize in zip(members, itemsizes, strict=True)),
+        floor=max(module.floor for module in members),
+        step=max(module.step for module in members),
+    )
+
+
+def type_of(module: Module) -> str:
+    """The last part of its name: "q_proj"."""
+    return module.name.rpartition(".")[2]
+
+
+def groups_of(adapter: Adapter) -> list[list[Module]]:
+    """Modules that share one rank, in file order of their first member."""
+    key = {name: (1, module.group) if module.group else (0, name) for name, module in adapter.modules.items()}
+    order = {k: i for i, k in reversed(list(enumerate(key.values())))}
+    members = sorted(adapter.modules.values(), key=lambda module: order[key[module.name]])
+    return [list(group) for _, group in groupby(members, key=lambda module: key[module.name])]
+
+
+def _of_one_type(groups: Sequence[list[Module]]) -> list[list[list[Module]]]:
+    """Groups in which the same types occur, with the same number of groups of a convolution."""
+    together: list[tuple[set[tuple[str, int]], list[list[Module]]]] = []
+    for group in groups:
+        types, members = {(type_of(module), module.step) for module in group}, [group]
+        apart = []
+        for other, others in together:
+            if other & types:
+                types, members = types | other, others + members
+            else:
+                apart.append((other, others))
+        together = [*apart, (types, members)]
+    return [members for _, members in together]
+
+
+def parse_size(text: float | int | str) -> int:
+    """Bytes in a size such as 5000000, "10MB", "1.5 GiB" or "800k": powers of ten, of two with an i.
+
+    Example:
+        >>> parse_size("10MB"), parse_size("1 KiB")
+        (10000000, 1024)
+    """
+    if not isinstance(text, str) and math.isfinite(text):
+        return int(text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", str(text).lower())
+    if not match:
+        raise LoraSqueezeError(f"size {text!r} is not understood; write bytes or a unit, such as 10MB or 10MiB")
+    number, prefix, binary = match.groups()
+    power = " kmgt".index(prefix or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power)
