@@ -218,23 +218,23 @@ def test_a_server_s_ranks_are_kept_to_even_where_fewer_directions_exist(tmp_path
 @pytest.mark.parametrize(
     ("dials", "reasons"),
     [
-        ({"rank": 3}, {"rank 3"}),
-        ({"rank": RANK}, {"kept: source rank"}),
-        ({"params": 1400}, {"budget: energy per parameter", "kept: source rank"}),
-        ({"params": 900, "allocate": "uniform"}, {"budget: one rank for all"}),
-        ({"rank": 3, "allocate": "global"}, {"budget of rank 3: energy per parameter"}),
-        ({"energy": 0.9}, {"energy 0.9"}),
-        ({"energy": 0.9, "allocate": "global"}, {"energy 0.9 over all, energy per parameter"}),
-        ({"energy": 0.9, "allocate": "uniform"}, {"energy 0.9, one rank for all"}),
-        ({"energy": 0.99, "max_rank": 2}, {"max_rank 2"}),
-        ({"energy": 0.5, "min_rank": 5}, {"floor: min_rank 5"}),
-        ({"energy": 0.9, "ranks": (6,)}, {"energy 0.9, one of the allowed ranks"}),
-        ({"error": 0.3, "multiple_of": 5}, {"error 0.3, a multiple of 5"}),
+        ({"rank": 3}, ["rank 3"]),
+        ({"rank": RANK}, ["kept: source rank"]),
+        ({"params": 1400}, ["budget: energy per parameter", "kept: source rank"]),
+        ({"params": 900, "allocate": "uniform"}, ["budget: one rank for all"]),
+        ({"rank": 3, "allocate": "global"}, ["budget of rank 3: energy per parameter"]),
+        ({"energy": 0.9}, ["energy 0.9"]),
+        ({"energy": 0.9, "allocate": "global"}, ["energy 0.9 over all, energy per parameter"]),
+        ({"energy": 0.9, "allocate": "uniform"}, ["energy 0.9, one rank for all"]),
+        ({"energy": 0.99, "max_rank": 2}, ["max_rank 2"]),
+        ({"energy": 0.5, "min_rank": 5}, ["floor: min_rank 5"]),
+        ({"energy": 0.9, "ranks": (6,)}, ["energy 0.9, one of the allowed ranks"]),
+        ({"error": 0.3, "multiple_of": 5}, ["error 0.3, a multiple of 5"]),
     ],
     ids=str,
 )
-def test_reasons(adapter: Adapter, dials: dict[str, Any], reasons: set[str]) -> None:
-    assert {row.reason for row in make_plan(adapter, **dials).modules.values()} == reasons
+def test_reasons(adapter: Adapter, dials: dict[str, Any], reasons: list[str]) -> None:
+    assert sorted({row.reason for row in make_plan(adapter, **dials).modules.values()}) == reasons
 
 
 def test_a_module_that_is_not_worth_its_place_leaves_with_a_reason(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lora_squeeze.adapter import Adapter, Module, Progress
 from lora_squeeze.decompose import METHODS, Decomposition, Method, decompose_all
-from lora_squeeze.dials import Dials, groups_of, unit_of
+from lora_squeeze.dials import Dials
 from lora_squeeze.dials import parse_size as parse_size
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.lowrank import LowRank
 from lora_squeeze.plan import Plan
-from lora_squeeze.ranks import Allocation, Unit
+from lora_squeeze.ranks import Allocation
 
 AlphaPolicy = Literal["keep", "fold"]
 _WRITTEN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -279,13 +279,6 @@ def _usable(device: torch.device | str | None) -> torch.device | None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise LoraSqueezeError(f"device {str(device)!r} cannot be used here ({reason:.120})") from error
-
-
-_groups = groups_of
-
-
-def _unit(group: list[Module], measured: Mapping[str, Measurement], rule: str, dtype: torch.dtype | None) -> Unit:
-    return unit_of(group, {name: found.values for name, found in measured.items()}, rule, dtype)
 
 
 def _decomposed(
