@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.ranks import Allocation, Limits, Unit
+from lora_squeeze.ranks import Allocation, Limits, Unit, price
 from lora_squeeze.ranks import choose as choose_ranks
 
 LEAST_SAVING = Fraction(1, 8)  # of the present parameters, before the deadline
@@ -203,11 +203,6 @@ class Adaptive:
                     f"{unit.name}: a loss curve has a finite number for each rank from 0 to {unit.rank}, never rising, "
                     f"the last one 0; got {len(curve)} numbers: {list(curve)[:8]}"
                 )
-
-
-def price(units: Sequence[Unit], ranks: Sequence[int]) -> int:
-    """What these ranks cost together."""
-    return sum(k * unit.cost for k, unit in zip(ranks, units, strict=True))
 
 
 def spend(

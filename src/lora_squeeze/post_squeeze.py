@@ -74,7 +74,9 @@ def measure(
         batch = [module for module in batch if module.name in wanted]
         if not batch:
             continue
-        for module, found in zip(batch, _decomposed(batch, adapter.source.updates(batch)), strict=True):
+        for module, found in zip(
+            batch, decomposed([module.name for module in batch], adapter.source.updates(batch)), strict=True
+        ):
             measured[module.name] = Measurement.of(found)
         done += sum(module.size_bytes for module in batch)
         if progress:
@@ -234,7 +236,7 @@ class Squeezed:
         if self.device is not None:
             updates = [update.to(self.device) for update in updates]
         ranks = [module.rank for module in modules]
-        found = _decomposed(modules, updates, self.method, ranks, self.seed)
+        found = decomposed([module.name for module in modules], updates, self.method, ranks, self.seed)
         return [self._truncated(*three) for three in zip(modules, updates, found, strict=True)]
 
     def _truncated(self, module: Module, update: LowRank, found: Decomposition) -> LowRank:
@@ -281,28 +283,29 @@ def _usable(device: torch.device | str | None) -> torch.device | None:
         raise LoraSqueezeError(f"device {str(device)!r} cannot be used here ({reason:.120})") from error
 
 
-def _decomposed(
-    modules: Sequence[Module],
+def decomposed(
+    names: Sequence[str],
     updates: Sequence[LowRank],
     method: Method = "gram",
     ranks: Sequence[int] | None = None,
     seed: int = 0,
 ) -> list[Decomposition]:
+    """Decompositions of updates; an error for NaN or infinity names the module."""
     try:
         found = decompose_all([(update.B, update.A) for update in updates], method, ranks=ranks, seed=seed)
     except LoraSqueezeError:
-        for module, update in zip(modules, updates, strict=True):
-            _find_fault(module, update)
+        for name, update in zip(names, updates, strict=True):
+            _find_fault(name, update)
         raise
     return [decomposition.scaled(update.scale) for decomposition, update in zip(found, updates, strict=True)]
 
 
-def _find_fault(module: Module, update: LowRank) -> None:
+def _find_fault(name: str, update: LowRank) -> None:
     """Name the module whose factors cannot be decomposed."""
     try:
         update.decompose("qr")
     except LoraSqueezeError as error:
-        raise LoraSqueezeError(f"{module.name}: {error}") from None
+        raise LoraSqueezeError(f"{name}: {error}") from None
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -22,9 +22,7 @@ optimal for every budget that the order meets exactly. That holds too where only
 them to the next, the gain per direction is a mean over a stretch of a falling row, and these means fall. A remainder
 too small for the next step goes to the best ones that still fit, or the step is taken first and the rest follows,
 whichever keeps more. This is not exact: the optimum keeps at most twice as much, and less than one step more. Steps
-are wide on a ladder such as 8, 16, 32, 64 and where one rank is for many modules. In 4000 random cases of three or
-four modules, half of them on that ladder, what the optimum keeps more was below 0.01 % of all energy in the mean and
-4 % at worst.
+are wide on a ladder such as 8, 16, 32, 64 and where one rank is for many modules.
 
 The sv_ rules are those of the kohya resize script, by their definition: that script keeps one direction too many.
 """
@@ -251,14 +249,14 @@ def _under_budget(
     fixed: int,
 ) -> list[int]:
     if rule == "rank":
-        value = _price(units, _uniform(units, ladders, int(value)))
+        value = price(units, _uniform(units, ladders, int(value)))
     if allocate == "uniform":
         steps = sorted({k * unit.step for unit, ladder in zip(units, ladders, strict=True) for k in ladder if k})
         options = [_uniform(units, ladders, rank) for rank in steps]
-        least = _price(units, options[0])
+        least = price(units, options[0])
     else:
         first = min((unit.cost * next(k for k in ladder if k) for unit, ladder in zip(units, ladders, strict=True)))
-        least = max(_price(units, [ladder[0] for ladder in ladders]), first)
+        least = max(price(units, [ladder[0] for ladder in ladders]), first)
     budget = int(value) - fixed
     if least > budget:
         what = "bytes" if rule == "size" else "parameters"
@@ -269,10 +267,11 @@ def _under_budget(
         )
     if allocate == "global":
         return _spend(units, ladders, budget)
-    return [option for option in options if _price(units, option) <= budget][-1]
+    return [option for option in options if price(units, option) <= budget][-1]
 
 
-def _price(units: Sequence[Unit], ranks: Sequence[int]) -> int:
+def price(units: Sequence[Unit], ranks: Sequence[int]) -> int:
+    """What these ranks cost together."""
     return sum(k * unit.cost for k, unit in zip(ranks, units, strict=True))
 
 
@@ -288,7 +287,7 @@ def _spend(units: Sequence[Unit], ladders: Sequence[Sequence[int]], budget: int)
 
     best: list[int] = []
     for _ in range(1 + _RETRIES):
-        room = budget - _price(units, [row[0] for row in ladders])
+        room = budget - price(units, [row[0] for row in ladders])
         ladders = [  # without what has no room even alone
             [k for k in row if (k - row[0]) * unit.cost <= room] for row, unit in zip(ladders, units, strict=True)
         ]
@@ -313,7 +312,7 @@ def _greedy(
     """
     energies = [unit.energies() for unit in units]
     ranks = [ladder[0] for ladder in ladders]
-    spent, missed = _price(units, ranks), None
+    spent, missed = price(units, ranks), None
     total = math.fsum(e for row in energies for e in row)
     allowed = -1.0 if lost_energy is None else (lost_energy * (1 + 1e-9) + 1e-28) * total
     lost = math.fsum(e for row, k in zip(energies, ranks, strict=True) for e in row[k:])

@@ -16,10 +16,10 @@ T always holds all steps, those after the last squeeze too: runs of the same T a
 Defaults, with reasons:
 
 - ranks "geometric", as many squeezes as halvings: every squeeze cuts off about the same share of the parameters.
-- steps "equal": on small tasks, shares proportional to the rank gave the low ranks too few steps to recover.
+- steps "equal": every rank gets as long to recover. Shares proportional to the rank leave the low ranks few steps.
 - min_steps 1: every stage trains. For "proportional" use about 200, the paper's floor for that variant: of 10 000 steps
   from rank 64 to rank 1, the last stage would get 79.
-- last_steps of "cont": 5 % of T; on small tasks 7 % made good more than nine tenths of what the squeeze had cost.
+- last_steps of "cont": 5 % of T, a little less than the paper's 700 steps after 10 000.
 
 LoRA-Squeeze (arXiv 2602.10993) gives the three modes and the floor. How it allots steps to stages is our reading of the
 paper, not a quotation: proportional to the rank.

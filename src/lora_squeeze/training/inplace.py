@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_squeeze.adaptive import price, spend
-from lora_squeeze.decompose import Decomposition, decompose_all, gram_of_columns
+from lora_squeeze.adaptive import spend
+from lora_squeeze.decompose import Decomposition, gram_of_columns
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.lowrank import LowRank
 from lora_squeeze.moments import Moments, predicted_curve, weighted_truncation
-from lora_squeeze.ranks import Allocation, Limits, Unit, allocation_for, choose
+from lora_squeeze.post_squeeze import decomposed
+from lora_squeeze.ranks import Allocation, Limits, Unit, allocation_for, choose, price
 from lora_squeeze.training.commit import New, commit
 from lora_squeeze.training.live import (
     LiveModule,
@@ -127,7 +128,7 @@ def squeeze_(
     optimizer = None if optimizer is None else unwrapped(optimizer)
     check_request(modules, optimizer, optimizer_state, in_place)
     updates = [module.update() for module in modules]
-    found = decomposed(modules, updates)
+    found = decomposed([module.name for module in modules], updates)
     target = _target_ranks(modules, updates, found, rank, energy, params, ranks, allocate, moments or {})
     target = _agreed_ranks(target, modules)
     before = sum(m.cost * u.rank for m, u in zip(modules, updates, strict=True))
@@ -187,20 +188,6 @@ def _processes() -> int:
 
 def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def decomposed(modules: Sequence[LiveModule], updates: Sequence[LowRank]) -> list[Decomposition]:
-    """Decompositions of all updates; the error for NaN names the module."""
-    try:
-        found = decompose_all([(update.B, update.A) for update in updates])
-    except LoraSqueezeError:
-        for module, update in zip(modules, updates, strict=True):
-            try:
-                update.decompose("qr")
-            except LoraSqueezeError as error:
-                raise LoraSqueezeError(f"{module.name}: {error}") from None
-        raise
-    return [item.scaled(update.scale) for item, update in zip(found, updates, strict=True)]
 
 
 def grouped(modules: Sequence[LiveModule]) -> dict[str, list[LiveModule]]:

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from lora_squeeze.adaptive import Adaptive
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.moments import predicted_increase
-from lora_squeeze.ranks import Allocation, Limits, Unit, choose
+from lora_squeeze.post_squeeze import decomposed
+from lora_squeeze.ranks import Allocation, Limits, Unit, choose, price
 from lora_squeeze.schedule import Schedule
 from lora_squeeze.training.commit import compact, make_room
 from lora_squeeze.training.inplace import (
     Squeezed,
     check_request,
-    decomposed,
     grouped,
     loss_curve,
     squeeze_,
@@ -241,7 +241,7 @@ class Squeezer:
         """How many times larger than predicted the loss jump was at worst, at least 1.
 
         The prediction takes modules as independent, and they are not: it is too small, by a factor that depends on the
-        task and hardly on the rank.
+        task and grows with the rank.
         """
         told = [e for e in self.history if "loss_after" in e and e.get("loss_predicted", 0) > 0]
         return max([1.0, *(float((e["loss_after"] - e["loss_before"]) / e["loss_predicted"]) for e in told)])
@@ -258,7 +258,7 @@ class Squeezer:
         if schedule.met(_bare(modules), self.budgets[-1]):
             return None
         updates = [module.update() for module in modules]
-        units = units_of(modules, updates, decomposed(modules, updates))
+        units = units_of(modules, updates, decomposed([module.name for module in modules], updates))
         curves = None
         if schedule.loss is not None and self.statistics is not None:
             self.statistics.synchronise()
@@ -312,10 +312,7 @@ def _budgets(modules: list[LiveModule], schedule: Schedule | Adaptive) -> list[i
     units = _bare(modules)
     if isinstance(schedule, Adaptive):
         return [schedule.budget(units)]
-    return [
-        sum(k * unit.cost for k, unit in zip(choose(units, "rank", rank, "uniform", Limits(1)), units, strict=True))
-        for rank in schedule.ranks
-    ]
+    return [price(units, choose(units, "rank", rank, "uniform", Limits(1))) for rank in schedule.ranks]
 
 
 def _described(schedule: Schedule | Adaptive) -> dict[str, Any]:
