@@ -10,6 +10,7 @@ from playwright.sync_api import Browser, Page, Route
 
 import lora_squeeze
 from lora_squeeze.html_report import write_page
+from lora_squeeze.servers import SERVERS
 
 pytestmark = pytest.mark.browser
 
@@ -90,7 +91,7 @@ def test_the_rank_slider_shows_energy_bytes_and_servers_at_its_rank(visit: Visit
         assert visit.text("#by-rank .rank") == str(rank)
         check_choice(visit, "#by-rank", data["curve"][rank - 1])
         lines = visit.page.locator("#by-rank .servers li").all_inner_texts()
-        assert len(lines) == 3 and servers.get(rank, "needs --max-lora-rank 64") in lines[0]
+        assert len(lines) == len(SERVERS) and servers.get(rank, "needs --max-lora-rank 64") in lines[0]
         assert visit.text("#by-rank .call").endswith(f"--rank {rank}")
         line = visit.page.evaluate("document.getElementById('chart-energy').layout.shapes[0].x0")
         assert line == rank, "the chart marks the same rank"

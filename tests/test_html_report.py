@@ -18,8 +18,8 @@ import lora_squeeze
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.html_report import page_text, write_page
 from lora_squeeze.html_report.charts import charts, layers
-from lora_squeeze.html_report.servers import SERVERS, Verdict, verdict
 from lora_squeeze.report import Report
+from lora_squeeze.servers import SERVERS, Verdict, verdict
 
 VLLM = next(server for server in SERVERS if server.name == "vLLM")
 

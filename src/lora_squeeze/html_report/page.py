@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.html_report.servers import SERVERS, verdict
 from lora_squeeze.report import Report
+from lora_squeeze.servers import SERVERS, verdict
 
 _MARK = re.compile(r"\{\{(\w+)\}\}")
 
