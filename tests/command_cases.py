@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,9 @@ def command(folder: Path, *arguments: object) -> Run:
                 code = 0
             except SystemExit as stop:
                 code = int(stop.code or 0)
+            except BaseException:
+                traceback.print_exc()
+                raise
         os._exit(code)
 
     code = in_child(child)

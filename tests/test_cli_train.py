@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from lora_squeeze.cli.app import app
 from lora_squeeze.cli.train import train as run_train
-from lora_squeeze.training import sft
+from lora_squeeze.training import libraries, sft
 from lora_squeeze.training.sft import Trained
 from lora_squeeze.training.sft_settings import TrainSettings
 
@@ -194,7 +194,7 @@ def test_a_refused_training_is_one_line_and_exit_code_1(
 def test_missing_packages_are_named_with_the_command_that_brings_them(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sft, "find_spec", lambda name: None if name == "trl" else name)
+    monkeypatch.setattr(libraries, "find_spec", lambda name: None if name == "trl" else name)
     run = train(place, tmp_path)
     assert (run.code, run.err) == (1, "lora-squeeze: training needs trl: pip install 'lora-squeeze[train]'\n")
 

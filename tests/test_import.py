@@ -35,7 +35,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert imported("import lora_squeeze; lora_squeeze.__version__; dir(lora_squeeze)") == set()
 
 
-@pytest.mark.parametrize("command", [[], ["squeeze"], ["inspect"], ["train"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["squeeze"], ["inspect"], ["train"], ["demo"], ["calibrate"], ["fleet"]])
 def test_help_imports_neither_torch_nor_its_friends(command: list[str]) -> None:
     code = f"""
 from lora_squeeze.cli import main

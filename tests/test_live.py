@@ -15,7 +15,8 @@ from peft_models import Menagerie, adapted, delta, deltas, layers, outputs, relo
 from torch import nn
 
 from lora_squeeze import LoraSqueezeError
-from lora_squeeze.training.live import alpha_of, base_name, live_modules, sync_config, trained_adapters
+from lora_squeeze.data_aware import base_name
+from lora_squeeze.training.live import alpha_of, live_modules, sync_config, trained_adapters
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -18,7 +18,7 @@ from train_cases import RANK, SOURCE_RANK, Place, conversations, private_cache, 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.training import sft
+from lora_squeeze.training import libraries, sft
 from lora_squeeze.training.sft import Trained, train
 from lora_squeeze.training.sft_settings import TrainSettings
 
@@ -304,7 +304,7 @@ def test_missing_packages_several_processes_and_several_gpus_are_told(
 ) -> None:
     settings = place.settings(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "find_spec", lambda name: None if name in ("trl", "datasets") else name)
+        patch.setattr(libraries, "find_spec", lambda name: None if name in ("trl", "datasets") else name)
         with pytest.raises(
             LoraSqueezeError, match=r"training needs datasets and trl: pip install 'lora-squeeze\[train\]'"
         ):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from lora_squeeze.adapter import Adapter, Extra, Module, Progress
+from lora_squeeze.intruders import TOP
+from lora_squeeze.intruders import intruders as count_intruders
 from lora_squeeze.lowrank import LowRank
 from lora_squeeze.merging import merge, norm_of, row_blocks
 
@@ -48,6 +50,8 @@ class BaseFigures:
         relative_norm: |dW|_F / |W|_F.
         unchanged, merge_error: what a merge in bfloat16 leaves of the update, see `lora_squeeze.merging`; None where
             the file does not tell which axis of W is which (square experts).
+        intruders: number of intruder directions, see `lora_squeeze.intruders`; None where nobody asked, and of experts,
+            convolutions and embeddings.
     """
 
     key: str
@@ -55,6 +59,7 @@ class BaseFigures:
     relative_norm: float
     unchanged: float | None
     merge_error: float | None
+    intruders: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,13 @@ class BaseComparison:
                 f"{_some(lost)}: this update is below bf16 rounding of the base weight ({span} % of the entries stay "
                 "as they are): merging into bf16 loses most of it; serve it unmerged, or merge in float32"
             )
+        counted = {name: found.intruders for name, found in figures.items() if found.intruders is not None}
+        if counted:
+            some = [name for name, count in counted.items() if count]
+            notes.append(
+                f"{sum(counted.values())} intruder directions among the first {TOP} of {len(counted)} modules"
+                + (f", in {len(some)} of them: {_some(some)}" if some else "")
+            )
         for tensor in self.carried:
             added = f", {tensor.added_rows:,} added" if tensor.added_rows else ""
             changed = f"{tensor.changed_rows:,} of {tensor.rows:,} rows changed{added}"
@@ -131,7 +143,12 @@ def _some(names: Sequence[str]) -> str:
 
 
 def compare(
-    adapter: Adapter, norms: Mapping[str, float], base: Weights, progress: Progress | None = None
+    adapter: Adapter,
+    norms: Mapping[str, float],
+    base: Weights,
+    progress: Progress | None = None,
+    *,
+    intruders: bool = False,
 ) -> tuple[dict[str, BaseFigures], BaseComparison]:
     """The figures of every module that the base model has, and of the tensors that the adapter carries along.
 
@@ -140,6 +157,7 @@ def compare(
         norms: module -> Frobenius norm of its update.
         base: the base model's weights.
         progress: called with (bytes of base weights done, bytes in all).
+        intruders: count the intruder directions of linear layers too, which takes much longer.
 
     Notes:
         Reads every base weight concerned once, piece by piece. See `lora_squeeze.merging` for the cost.
@@ -158,6 +176,8 @@ def compare(
         for module, update in zip(batch, adapter.source.updates(batch), strict=True):
             key = keys[module.name] or ""
             found = _figures(adapter, module, update, norms[module.name], key, base)
+            if intruders and module.kind == "linear" and not isinstance(found, str):
+                found = replace(found, intruders=_intruders(adapter, module, update, key, base))
             step(key)
             if isinstance(found, str):
                 unmatched[module.name] = found
@@ -236,6 +256,13 @@ def _figures(
     if not math.isfinite(base_norm):
         return "NaN or infinity in it"
     return BaseFigures(key, base_norm, norm / base_norm if base_norm else 0.0, unchanged, error)
+
+
+def _intruders(adapter: Adapter, module: Module, update: LowRank, key: str, base: Weights) -> int:
+    shape = base.facts[key][1]
+    W = torch.cat(list(base.pieces(key))).reshape(shape)
+    turned = _turned(module, shape, bool(adapter.config.get("fan_in_fan_out")))
+    return count_intruders(W.mT if turned else W, update.dense())
 
 
 def _turned(module: Module, shape: tuple[int, ...], fan_in_fan_out: bool) -> bool | str | None:

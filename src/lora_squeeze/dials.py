@@ -45,8 +45,12 @@ class Dials:
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         return {name: value for name, (value, default) in values.items() if value != default}
 
-    def request(self, adapter: Adapter) -> Request:
+    def request(self, adapter: Adapter, *, data_aware: bool = False) -> Request:
         """The rule meant, checked.
+
+        Args:
+            adapter: the source.
+            data_aware: the spectra that it will be given are those of the predicted loss.
 
         Raises:
             LoraSqueezeError: no rule or more than one, unknown words, impossible limits.
@@ -69,6 +73,7 @@ class Dials:
             limits=Limits(self.min_rank, self.max_rank, self.multiple_of, choices),
             per_type=self.same_rank_per == "type",
             dtype=self.dtype,
+            data_aware=data_aware,
         )
 
 
@@ -82,6 +87,7 @@ class Request:
         allocate, limits: for `ranks.choose`.
         per_type: one rank for all modules of a type.
         dtype: of the factors to be written; None: as stored.
+        data_aware: what decides is the predicted loss, not the energy.
     """
 
     rule: str
@@ -91,6 +97,7 @@ class Request:
     limits: Limits
     per_type: bool = False
     dtype: torch.dtype | None = None
+    data_aware: bool = False
 
     @property
     def needs_spectra(self) -> bool:
@@ -100,7 +107,8 @@ class Request:
     def step(self, method: str = "gram", alpha: str = "keep") -> dict[str, Any]:
         """What the adapter's history says of it."""
         rule = f"{self.rule}={self.value}"
-        return {"step": "post-squeeze", "rule": rule, "allocate": self.allocate, "method": method, "alpha": alpha}
+        step = {"step": "post-squeeze", "rule": rule, "allocate": self.allocate, "method": method, "alpha": alpha}
+        return {**step, "metric": "data"} if self.data_aware else step
 
     def choose(self, adapter: Adapter, spectra: Spectra) -> dict[str, int]:
         """Module -> rank of its LowRank; 0: it leaves.
@@ -168,19 +176,14 @@ class Request:
     @property
     def text(self) -> str:
         """The rule in words."""
+        per = f"{'predicted loss' if self.data_aware else 'energy'} per parameter"
         if self.rule in ("params", "size"):
-            return "budget: energy per parameter" if self.allocate == "global" else "budget: one rank for all"
+            return f"budget: {per}" if self.allocate == "global" else "budget: one rank for all"
         if self.rule == "rank":
-            return (
-                f"budget of rank {self.value}: energy per parameter"
-                if self.allocate == "global"
-                else f"rank {self.value}"
-            )
-        return f"{self.rule} {self.value}" + {
-            "each": "",
-            "uniform": ", one rank for all",
-            "global": " over all, energy per parameter",
-        }.get(self.allocate, "")
+            return f"budget of rank {self.value}: {per}" if self.allocate == "global" else f"rank {self.value}"
+        metric = " of the predicted loss" if self.data_aware else ""
+        where = {"each": "", "uniform": ", one rank for all", "global": f" over all, {per}"}[self.allocate]
+        return f"{self.rule} {self.value}{metric}{where}"
 
     def _arguments(self, adapter: Adapter, limits: Limits) -> tuple[str, float, Allocation, Limits, int]:
         """The arguments of `ranks.choose` after the units."""

@@ -42,6 +42,18 @@ def load(
     Example:
         >>> lora_squeeze.load("my-adapter").squeeze(rank=8).save("my-adapter-r8")  # doctest: +SKIP
     """
+    return peft.load(locate(adapter, subfolder=subfolder, revision=revision, token=token, cache_dir=cache_dir))
+
+
+def locate(
+    adapter: str | os.PathLike[str],
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path:
+    """The local folder of an adapter, fetched if it is on the hub. Arguments and errors as for `load`."""
     path = Path(adapter).expanduser()
     if not path.exists():
         if not HUB_ID.fullmatch(str(adapter)) or path.is_symlink():
@@ -58,7 +70,7 @@ def load(
         path = path / subfolder
     if not (path / peft.CONFIG_NAME).exists():
         raise LoraSqueezeError(_nothing_in(path))
-    return peft.load(path)
+    return path
 
 
 def _nothing_in(path: Path) -> str:

@@ -26,7 +26,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_squeeze.decompose import gram_of_columns
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.lowrank import LowRank
 
 SHRINKAGE = 0.01  # share of the plain metric in each of the two weights
 
@@ -130,6 +132,40 @@ def weighted_truncation(
     P = inverse_G.mT @ (u[..., :rank] * root.unsqueeze(-2))
     R = (vh[..., :rank, :] @ inverse_H) * torch.where(live, root, _spare(root, live, H)).unsqueeze(-1)
     return P, R, values
+
+
+@dataclass(frozen=True, eq=False)
+class Truncation:
+    """A truncation as maps of the factors, B' = B P and A' = R A, and what it costs.
+
+    Args:
+        P, R: (*batch, r, k) and (*batch, k, r), float64.
+        lost: squared Frobenius norm of what is cut off, summed over the batch.
+        loss_increase: predicted increase of the loss, summed over the batch.
+    """
+
+    P: Float[Tensor, "*batch r k"]
+    R: Float[Tensor, "*batch k r"]
+    lost: float
+    loss_increase: float
+
+
+def truncation(update: LowRank, moments: Moments, rank: int) -> Truncation:
+    """The best truncation of an update in the metric of the data, see `weighted_truncation`.
+
+    Args:
+        update: s B A.
+        moments: of the module, in the coordinates of these factors.
+        rank: k >= 1.
+    """
+    whole = update.B.ndim == 2
+    G, H = (gram_of_columns(X[None] if whole else X) for X in (update.B, update.A.mT))
+    if whole:
+        G, H = G[0], H[0]
+    P, R, _ = weighted_truncation(moments, G, H, rank)
+    rest = torch.eye(update.rank, dtype=P.dtype, device=P.device) - P @ R
+    lost = update.scale**2 * float((rest.mT @ G @ rest * H.mT).sum().clamp_min(0))
+    return Truncation(P, R, lost, float(predicted_increase(moments, update.scale, P, R).sum()))
 
 
 def predicted_increase(

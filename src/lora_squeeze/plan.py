@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from lora_squeeze.adapter import Adapter, Module, Progress
+from lora_squeeze.data_aware import loss_spectra, moments_of
 from lora_squeeze.dials import Dials, groups_of
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.moments import Moments
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -26,12 +28,14 @@ class PlanRow:
         source_rank: the rank it had when the plan was made.
         reason: why it has its rank, in a few words.
         error: relative Frobenius error |dW - dW_k| / |dW| predicted from the singular values when the plan was made.
+        loss_increase: increase of the training loss predicted for this module alone; None: the data were not asked.
     """
 
     rank: int
     source_rank: int | None = None
     reason: str = ""
     error: float | None = None
+    loss_increase: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Plan:
         adapter: name of the adapter that it was made for.
         source_sha256: digest of that adapter's weights file.
         totals: `file_bytes`, an upper bound of the weights file; `parameters`; `energy` kept and relative `error` over
-            all modules together.
+            all modules together; with data, `loss_increase`, the sum of those predicted.
     """
 
     modules: Mapping[str, PlanRow]
@@ -160,12 +164,20 @@ class Plan:
         return plan_file.load(Path(path).expanduser())
 
 
-def make_plan(adapter: Adapter, *, name: str | None = None, progress: Progress | None = None, **dials: Any) -> Plan:
+def make_plan(
+    adapter: Adapter,
+    *,
+    name: str | None = None,
+    moments: Mapping[str, Moments] | None = None,
+    progress: Progress | None = None,
+    **dials: Any,
+) -> Plan:
     """The ranks that `squeeze` would choose with these dials, with a reason and a predicted error for each.
 
     Args:
         adapter: what is to be squeezed.
         name: what the plan calls the adapter.
+        moments: what the data say, as for `squeeze`: give them there again, so that the cut is the one meant here.
         progress: called with (bytes done, bytes in all) while spectra are measured.
         dials: rank, energy, size and the others of `squeeze` that say how small, and dtype.
 
@@ -176,41 +188,52 @@ def make_plan(adapter: Adapter, *, name: str | None = None, progress: Progress |
         LoraSqueezeError: what `squeeze` refuses.
 
     Notes:
-        Reads every factor once, and the file once more for its digest. The predicted errors are those of truncation,
-        exact in the Frobenius norm; rounding to 16 bits comes on top.
+        Reads every factor once, twice with moments, and the file once more for its digest. The predicted errors are
+        those of truncation, exact in the Frobenius norm; rounding to 16 bits comes on top. What a predicted increase of
+        the loss is worth, `lora_squeeze.moments.predicted_increase` says: it orders cuts and is often far too small.
 
     Example:
         >>> plan = make_plan(lora_squeeze.load("my-adapter"), size="10MB")  # doctest: +SKIP
         >>> plan.save("plan.toml")  # doctest: +SKIP
     """
-    from lora_squeeze.post_squeeze import measure, squeeze  # which imports this file
+    from lora_squeeze.post_squeeze import squeeze  # which imports this file
+    from lora_squeeze.report import report
 
+    small = squeeze(adapter, moments=moments, progress=progress, **dials)
+    found = report(small, progress)
     chosen = Dials(**dials)
-    request = chosen.request(adapter)
-    measured = measure(adapter, progress=progress)
-    spectra = {module: found.values for module, found in measured.items()}
-    ranks = request.choose(adapter, spectra)
-    reasons = request.reasons(adapter, spectra, ranks)
-    rows = {}
-    for module in adapter.modules.values():
-        found, rank = measured[module.name], ranks[module.name]
-        error = found.discarded(rank) / found.norm if rank < module.rank and found.norm else 0.0
-        source_rank = module.rank * module.step
-        rows[module.name] = PlanRow(rank * module.step, source_rank, reasons[module.name], _short(error))
-    asked = {dial: _plain(value) for dial, value in chosen.given.items() if dial != "dtype"}
-    dtype = None if chosen.dtype is None else str(chosen.dtype).removeprefix("torch.")
-    small = squeeze(adapter, plan=Plan(rows, dtype=dtype))
-    total = sum(found.total for found in measured.values())
-    lost = sum(
-        measured[m.name].discarded(ranks[m.name]) ** 2 for m in adapter.modules.values() if ranks[m.name] < m.rank
-    )
+    known = {} if moments is None else moments_of(adapter, moments)
+    spectra = {row.name: _copies(row.singular_values) for row in found.rows}
+    ranks = {row.name: row.rank_after // row.step for row in found.rows}
+    request = chosen.request(adapter, data_aware=bool(known))
+    reasons = request.reasons(adapter, loss_spectra(adapter, known, spectra) if known else spectra, ranks)
+    rows = {
+        row.name: PlanRow(
+            row.rank_after,
+            row.rank,
+            reasons[row.name],
+            _short(row.discarded / row.norm if row.norm else 0.0),
+            None if row.loss_increase is None else _short(row.loss_increase),
+        )
+        for row in found.rows
+    }
     totals = {
         "file_bytes": small.lora_bytes + small.extra_bytes + small.format.overhead_bytes(small),
         "parameters": small.parameters,
-        "energy": _short(1 - lost / total if total else 1.0, 6),
-        "error": _short((lost / total) ** 0.5 if total else 0.0),
+        "energy": _short(found.energy, 6),
+        "error": _short(found.error),
     }
+    if found.loss_increase is not None:
+        totals["loss_increase"] = _short(found.loss_increase)
+    asked = {dial: _plain(value) for dial, value in chosen.given.items() if dial != "dtype"}
+    dtype = None if chosen.dtype is None else str(chosen.dtype).removeprefix("torch.")
     return Plan(rows, None, dtype, asked, name, adapter.source.digest(), totals)
+
+
+def _copies(values: Sequence[float] | Sequence[Sequence[float]]) -> list[list[float]]:
+    """Singular values of each copy, from those of a report."""
+    rows: list[list[float]] = [list(row) for row in values if not isinstance(row, float)]
+    return rows or [[float(s) for s in values if isinstance(s, float)]]
 
 
 def _short(number: float, digits: int = 4) -> float:

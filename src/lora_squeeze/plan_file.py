@@ -38,7 +38,13 @@ _HEAD: dict[str, tuple[type, ...]] = {
     "asked": (dict,),
     "totals": (dict,),
 }
-_ROW: dict[str, tuple[type, ...]] = {"rank": (int,), "source_rank": (int,), "error": (int, float), "reason": (str,)}
+_ROW: dict[str, tuple[type, ...]] = {
+    "rank": (int,),
+    "source_rank": (int,),
+    "error": (int, float),
+    "loss_increase": (int, float),
+    "reason": (str,),
+}
 _COMMENT = """\
 # A plan of lora-squeeze: squeeze --plan obeys it. The ranks may be edited; rank = 0 takes a module out of the adapter.
 # Errors and totals are what was predicted when the plan was made: they are not read.

@@ -10,12 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lora_squeeze import data_aware
 from lora_squeeze.adapter import Adapter, Module, Progress
 from lora_squeeze.decompose import METHODS, Decomposition, Method, decompose_all
 from lora_squeeze.dials import Dials
 from lora_squeeze.dials import parse_size as parse_size
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.lowrank import LowRank
+from lora_squeeze.moments import Moments, truncation
 from lora_squeeze.plan import Plan
 from lora_squeeze.ranks import Allocation
 
@@ -31,13 +33,16 @@ class Measurement:
         values: singular values of each copy, descending.
         total: sum of all squared singular values of all copies.
         rounding: norm of the error of storing the squeezed factors in their dtype, to first order; None: not known.
-        cut: Frobenius norm of what a randomised truncation has cut off; None: what the singular values say.
+        cut: Frobenius norm of what was cut off, by a randomised truncation or one in the metric of the data; None: what
+            the singular values say.
+        loss_increase: of the training loss, predicted where the data were asked.
     """
 
     values: list[list[float]]
     total: float
     rounding: float | None = None
     cut: float | None = None
+    loss_increase: float | None = None
 
     @classmethod
     def of(cls, found: Decomposition) -> Measurement:
@@ -102,6 +107,7 @@ def squeeze(
     ranks: Sequence[int] | None = None,
     same_rank_per: str = "module",
     plan: Plan | None = None,
+    moments: Mapping[str, Moments] | None = None,
     method: Method = "gram",
     alpha: AlphaPolicy = "keep",
     dtype: torch.dtype | None = None,
@@ -135,6 +141,10 @@ def squeeze(
         same_rank_per: "module" (default) or "type": one rank for all q_proj, one for all v_proj, and so on; a module
             that has less keeps what it has, but is priced like the others in a budget.
         plan: the rank of every module, from `make_plan` or `Plan.load`, in place of a rule and its limits.
+        moments: what the data say about the modules, from `lora_squeeze.calibrate` with this adapter: every truncation
+            is then the best one in the metric of the data, and where the spectrum decides, it is that of the predicted
+            loss: `energy` and `error` are shares of it, and a budget goes where it saves the most. A module without
+            moments is cut plainly, and its energy weighs as much as that of the others.
         method: "gram" (exact, default), "qr" (exact), "rsvd" (randomised), "dense" (reference).
         alpha: "keep" writes the adapter's own alpha / r for every module; "fold" multiplies it into B and writes 1.
         dtype: dtype of the factors written; default as stored.
@@ -152,6 +162,9 @@ def squeeze(
         Exact in the Frobenius norm (Eckart-Young). Kept energy is not task quality: measure the task. Not for adapters
         whose base weights were changed at initialisation (PiSSA and others); reading refuses them.
     """
+    if moments is not None and method != "gram":
+        raise LoraSqueezeError(f"moments need the method 'gram', got {method!r}")
+    known = {} if moments is None else data_aware.moments_of(adapter, moments)
     dials = Dials(
         rank=rank, energy=energy, error=error, size=size, params=params, sv_ratio=sv_ratio,
         sv_cumulative=sv_cumulative, sv_fro=sv_fro, allocate=allocate, min_rank=min_rank, max_rank=max_rank,
@@ -171,15 +184,20 @@ def squeeze(
     measured: dict[str, Measurement] = {}
     if plan is not None:
         step: dict[str, Any] = {"step": "post-squeeze", "rule": "plan", "allocate": "each"}
-        step |= {"method": method, "alpha": alpha}
+        step |= {"method": method, "alpha": alpha} | ({"metric": "data"} if known else {})
         chosen = plan.ranks_for(adapter)
     else:
-        request = dials.request(adapter)
+        request = dials.request(adapter, data_aware=bool(known))
         step = request.step(method, alpha)
         if request.needs_spectra:
             measured = measure(adapter, progress=progress)
-        chosen = request.choose(adapter, {name: found.values for name, found in measured.items()})
-    source = Squeezed(adapter, method, seed, _usable(device), measured)
+        spectra = {name: found.values for name, found in measured.items()}
+        if known and spectra:
+            spectra = data_aware.loss_spectra(adapter, known, spectra)
+        chosen = request.choose(adapter, spectra)
+    # In the metric of the data, what is lost is known only once it is cut.
+    measured = {name: found for name, found in measured.items() if name not in known}
+    source = Squeezed(adapter, method, seed, _usable(device), measured, known)
     scale = adapter.default_scale if alpha == "keep" and adapter.default_scale > 0 else 1.0
     return _squeezed(adapter, source, chosen, scale, dtype, step)
 
@@ -228,6 +246,7 @@ class Squeezed:
     seed: int
     device: torch.device | None
     measured: dict[str, Measurement] = field(default_factory=dict)
+    moments: Mapping[str, Moments] = field(default_factory=dict)
 
     def updates(self, modules: Sequence[Module]) -> list[LowRank]:
         """Read, decompose and truncate these modules."""
@@ -242,10 +261,15 @@ class Squeezed:
     def _truncated(self, module: Module, update: LowRank, found: Decomposition) -> LowRank:
         kept = update.dtype if module.rank >= update.rank else module.dtype
         exact = kept if kept.itemsize >= 4 else torch.float32
+        measurement = Measurement.of(found)
+        rank, moments = min(module.rank, found.S.shape[-1]), self.moments.get(module.name)
         if module.rank >= update.rank:
             whole = update.to(exact).with_scale(module.scale)
+        elif moments is not None and update.scale:
+            cut = truncation(update, _on(moments, update.device), rank)
+            whole = data_aware.apply(update, cut, module.scale).to(exact)
+            measurement = replace(measurement, cut=math.sqrt(cut.lost), loss_increase=cut.loss_increase)
         else:
-            rank = min(module.rank, found.S.shape[-1])
             whole = LowRank(*found.factors(rank, module.scale, exact), module.scale)
         result = whole.to(module.dtype)
         if not (_finite(result.B) and _finite(result.A)):
@@ -253,9 +277,8 @@ class Squeezed:
                 f"{module.name}: the squeezed factors do not fit in {module.dtype} (largest singular value "
                 f"{float(found.S.max()):.3g}); ask for dtype float32 or bfloat16"
             )
-        measurement = Measurement.of(found)
         if module.rank < update.rank:
-            measurement = replace(measurement, rounding=_rounding(whole, result, found.S))
+            measurement = replace(measurement, rounding=_rounding(whole, result))
         elif module.dtype.itemsize < update.dtype.itemsize:
             rounding = float(torch.linalg.vector_norm(whole.distance(result.to(exact))))
             measurement = replace(measurement, rounding=rounding)
@@ -314,10 +337,18 @@ def _finite(tensor: Tensor) -> bool:
     return bool(low.isfinite() & high.isfinite())
 
 
-def _rounding(exact: LowRank, stored: LowRank, S: Tensor) -> float | None:
-    """|dW - dW_stored| to first order: with balanced factors, s * sum_i S_i (|delta b_i|^2 + |delta a_i|^2), rooted."""
+def _on(moments: Moments, device: torch.device) -> Moments:
+    return Moments(moments.C.to(device), moments.F.to(device), moments.rows)
+
+
+def _rounding(exact: LowRank, stored: LowRank) -> float | None:
+    """|dW - dW_stored| to first order, of balanced factors: with S_i = s |b_i|^2 = s |a_i|^2,
+    s * sum_i S_i (|delta b_i|^2 + |delta a_i|^2), rooted.
+    """
     if exact.dtype == stored.dtype:
         return None
-    b = (exact.B - stored.B.to(exact.B)).square().sum(-2).double()
-    a = (exact.A - stored.A.to(exact.A)).square().sum(-1).double()
-    return math.sqrt(max(0.0, exact.scale * float((S[..., : exact.rank] * (b + a)).sum())))
+    B = exact.B.double()
+    S = exact.scale * B.square().sum(-2)
+    b = (B - stored.B.double()).square().sum(-2)
+    a = (exact.A.double() - stored.A.double()).square().sum(-1)
+    return math.sqrt(max(0.0, exact.scale * float((S * (b + a)).sum())))

@@ -12,7 +12,9 @@ from typing import Any
 from lora_squeeze.adapter import Adapter, Module, Progress
 from lora_squeeze.base_figures import BaseComparison, BaseFigures, Weights, compare
 from lora_squeeze.curves import Point, Tradeoff, lost_shares, pooled
+from lora_squeeze.data_aware import loss_without
 from lora_squeeze.effective_rank import entropy_rank, numerical_rank, stable_rank
+from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.post_squeeze import Measurement, Squeezed, measure
 from lora_squeeze.ranks import shortest_head
 
@@ -40,6 +42,7 @@ class Row:
         bytes_per_step: bytes of `step` ranks.
         stable_rank, entropy_rank, numerical_rank: `lora_squeeze.effective_rank` defines them. Of stacked experts the
             first two count the energies summed over the copies, the third is the largest of any copy.
+        loss_increase: predicted increase of the training loss by the cut; None where the data were not asked.
         base: figures beside the base weight; None where it was not read.
     """
 
@@ -63,6 +66,7 @@ class Row:
     stable_rank: float
     entropy_rank: float
     numerical_rank: int
+    loss_increase: float | None = None
     base: BaseFigures | None = None
 
     def energy_at(self, rank: int) -> float:
@@ -110,6 +114,12 @@ class Report:
         return math.sqrt(max(0.0, 1.0 - self.energy))
 
     @property
+    def loss_increase(self) -> float | None:
+        """Predicted increase of the training loss, summed over the modules that the data were asked about."""
+        known = [row.loss_increase for row in self.rows if row.loss_increase is not None]
+        return math.fsum(known) if known else None
+
+    @property
     def mean_energy(self) -> float:
         """Mean over the modules of the energy kept."""
         return math.fsum(row.energy for row in self.rows) / len(self.rows)
@@ -142,6 +152,7 @@ class Report:
             "error": self.error,
             "mean_energy": self.mean_energy,
             "min_energy": self.min_energy,
+            "loss_increase": self.loss_increase,
             "bytes": {
                 "lora": self.lora_bytes,
                 "lora_after": self.lora_bytes_after,
@@ -176,11 +187,15 @@ def report(adapter: Adapter, progress: Progress | None = None) -> Report:
     source = adapter.source
     if isinstance(source, Squeezed):
         before, measured = source.parent, source.measured
+        _cut_all(adapter, source)
         missing = [name for name, module in before.modules.items() if not _whole(module, measured.get(name))]
         for name, found in measure(before, missing, progress).items() if missing else ():
             if name in measured:  # by a randomised method, which has seen the first singular values only
                 cut = measured[name].discarded(adapter.modules[name].rank)
                 found = replace(found, rounding=measured[name].rounding, cut=cut)
+            elif name in source.moments:  # it has left the adapter
+                lost = loss_without(before.modules[name], source.moments[name])
+                found = replace(found, loss_increase=lost)
             measured[name] = found
     else:
         before, measured = adapter, measure(adapter, progress=progress)
@@ -201,13 +216,28 @@ def report(adapter: Adapter, progress: Progress | None = None) -> Report:
     )
 
 
+def _cut_all(adapter: Adapter, source: Squeezed) -> None:
+    """In the metric of the data, what is lost is known only once it is cut."""
+    if not source.moments:
+        return
+    for batch in adapter.batches():
+        waiting = [module for module in batch if module.name in source.moments and module.name not in source.measured]
+        if waiting:
+            source.updates(waiting)
+
+
 def _whole(module: Module, found: Measurement | None) -> bool:
     """Whether all singular values are known."""
     return found is not None and len(found.values[0]) == min(module.rank, module.out_features, module.in_features)
 
 
 def inspect(
-    adapter: Adapter, progress: Progress | None = None, *, base: Weights | None = None, **budget: Any
+    adapter: Adapter,
+    progress: Progress | None = None,
+    *,
+    base: Weights | None = None,
+    intruders: bool = False,
+    **budget: Any,
 ) -> Report:
     """Spectra, ranks and sizes of an adapter, and the rank it needs; for the result of a squeeze, before and after.
 
@@ -215,6 +245,8 @@ def inspect(
         adapter: what to look at; nothing is written.
         progress: called with (bytes done, bytes in all) while tensors are read.
         base: the base model's weights, from `lora_squeeze.base_model.open_base`; read one tensor at a time.
+        intruders: count the intruder directions of linear layers in the base weights (`lora_squeeze.intruders`): two
+            eigenproblems per module, minutes for a large model.
         budget: one dial of `lora_squeeze.squeeze` and the options that go with it, such as size="10MB" or
             rank=8, allocate="global". `rank_after` and `energy` are then the plan for it, by module.
 
@@ -222,19 +254,22 @@ def inspect(
         Report. Without a budget it is the same as `adapter.report`.
 
     Raises:
-        LoraSqueezeError: NaN in a factor, or a budget that `squeeze` would refuse.
+        LoraSqueezeError: NaN in a factor, a budget that `squeeze` would refuse, or intruders asked for without a base.
     """
+    if intruders and base is None:
+        raise LoraSqueezeError("intruder directions are counted in the base weights: give the base model")
     asked = {name: value for name, value in budget.items() if value is not None}
     found = report(adapter.squeeze(**asked, progress=progress) if asked else adapter, progress)
     if asked:
         found = replace(found, request=asked)
-    return found if base is None else _beside(found, adapter, base, progress)
+    return found if base is None else _beside(found, adapter, base, progress, intruders)
 
 
-def _beside(found: Report, adapter: Adapter, base: Weights, progress: Progress | None) -> Report:
+def _beside(found: Report, adapter: Adapter, base: Weights, progress: Progress | None, intruders: bool) -> Report:
     """The report with the figures that need the base weights."""
     source = adapter.source.parent if isinstance(adapter.source, Squeezed) else adapter
-    figures, comparison = compare(source, {row.name: row.norm for row in found.rows}, base, progress)
+    norms = {row.name: row.norm for row in found.rows}
+    figures, comparison = compare(source, norms, base, progress, intruders=intruders)
     rows = [replace(row, base=figures.get(row.name)) for row in found.rows]
     return replace(found, rows=rows, base=comparison, notes=[*found.notes, *comparison.notes(figures)])
 
@@ -267,6 +302,7 @@ def _rows(before: Adapter, after: Adapter, measured: Mapping[str, Measurement]) 
                 stable_rank=stable_rank(energies),
                 entropy_rank=entropy_rank(energies),
                 numerical_rank=max(numerical_rank(values, module.dtype) for values in found.values),
+                loss_increase=found.loss_increase,
             )
         )
     return rows

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora_squeeze.cli.calibrate import Base, Calibrate, asked_of, loss_line
+from lora_squeeze.cli.calibrate import calibrate as calibrate_command
+from lora_squeeze.cli.fleet import fleet as fleet_command
 from lora_squeeze.cli.options import AdapterArgument, Each, Json, Revision, Subfolder, rank_list
 from lora_squeeze.cli.options import load_adapter as _load
 from lora_squeeze.cli.options import option as _option
@@ -89,6 +93,8 @@ def squeeze(
         Path | None,
         typer.Option(help="File with the rank of every module, from the plan command, in place of a rule."),
     ] = None,
+    calibrate: Calibrate = None,
+    base: Base = None,
     method: Annotated[str, _option("method")] = "gram",
     alpha: Annotated[str, _option("alpha")] = "keep",
     dtype: Annotated[str | None, _option("dtype")] = None,
@@ -103,34 +109,42 @@ def squeeze(
 ) -> None:
     """Make an adapter smaller: the best approximation of every update at a lower rank."""
     from lora_squeeze.cli import show
+    from lora_squeeze.hub import load, locate
     from lora_squeeze.plan import Plan
 
     if output is None and not dry_run:
         raise typer.BadParameter("give an output folder with -o, or --dry-run", param_hint="--output")
-    source = _load(adapter, subfolder, revision)
+    folder = locate(adapter, subfolder=subfolder, revision=revision)
+    source = load(folder)
     if output is not None and not dry_run:
         source.format.check_target(output, force=force)
-    with show.progress("measuring") as progress:
-        result = source.squeeze(
-            rank=rank, energy=energy, error=error, size=size, params=params, sv_ratio=sv_ratio,
-            sv_cumulative=sv_cumulative, sv_fro=sv_fro, allocate=allocate, min_rank=min_rank, max_rank=max_rank,
-            multiple_of=multiple_of, ranks=rank_list(ranks), same_rank_per=same_rank_per,
-            plan=None if plan is None else Plan.load(plan), method=method, alpha=alpha, dtype=_dtype(dtype),
-            device=device, seed=seed,
-            progress=progress,
-        )  # fmt: skip
-    _refuse_no_op(source, result, alpha)
-    if output is not None and not dry_run:
-        with show.progress("writing") as progress:
-            result.save(output, force=force, progress=progress)
+    planned = None if plan is None else Plan.load(plan)
+    with asked_of(calibrate, base, source, folder, device) as asked:
+        with show.progress("measuring") as progress:
+            result = source.squeeze(
+                rank=rank, energy=energy, error=error, size=size, params=params, sv_ratio=sv_ratio,
+                sv_cumulative=sv_cumulative, sv_fro=sv_fro, allocate=allocate, min_rank=min_rank, max_rank=max_rank,
+                multiple_of=multiple_of, ranks=rank_list(ranks), same_rank_per=same_rank_per,
+                plan=planned, moments=asked.moments, method=method, alpha=alpha,
+                dtype=_dtype(dtype), device=device, seed=seed, progress=progress,
+            )  # fmt: skip
+        _refuse_no_op(source, result, alpha)
+        if output is not None and not dry_run:
+            with show.progress("writing") as progress:
+                result.save(output, force=force, progress=progress)
+        losses = asked.losses(result)
     report = result.report
+    if planned is not None and "loss_increase" in planned.totals and asked.found is None:
+        note = "the plan was made with data: without --calibrate its ranks are kept, but cut plainly"
+        report = replace(report, notes=[*report.notes, note])
     if as_json:
         written = None if dry_run or output is None else str(output)
-        print(json.dumps({**report.to_json(), "rank": result.rank, "output": written}))
+        print(json.dumps({**report.to_json(), **losses, "rank": result.rank, "output": written}))
         return
     console = show.console()
     console.print(show.squeeze_table(report, each))
-    for line in (*show.bytes_lines(report, after=True), *report.notes):
+    lines = [*show.bytes_lines(report, after=True), *loss_line(losses, report.loss_increase), *report.notes]
+    for line in lines:
         console.print(line, markup=False, highlight=False)
     console.print("dry run: nothing written" if dry_run else f"written to {output}", markup=False, highlight=False)
 
@@ -148,6 +162,7 @@ def inspect(
     ranks: Annotated[str | None, _option("ranks")] = None,
     same_rank_per: Annotated[str | None, _option("same_rank_per")] = None,
     base: Annotated[str | None, _option("model", module="base_model", function="open_base")] = None,
+    intruders: Annotated[bool, _option("intruders", "--intruders", module="report", function="inspect")] = False,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write a page with charts to this file; it works offline.")
     ] = None,
@@ -168,9 +183,9 @@ def inspect(
     source = _load(adapter, subfolder, revision)
     with show.progress("reading") as progress:
         report = inspected(
-            source, progress, base=None if base is None else open_base(base), size=size, params=params, rank=rank,
-            allocate=allocate, min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of, ranks=rank_list(ranks),
-            same_rank_per=same_rank_per,
+            source, progress, base=None if base is None else open_base(base), intruders=intruders, size=size,
+            params=params, rank=rank, allocate=allocate, min_rank=min_rank, max_rank=max_rank,
+            multiple_of=multiple_of, ranks=rank_list(ranks), same_rank_per=same_rank_per,
         )  # fmt: skip
     if html is not None:
         write_page(report, html, name=Path(adapter).resolve().name if Path(adapter).exists() else adapter, force=force)
@@ -206,7 +221,9 @@ def demo(
 
 app.command()(train)
 app.command("plan")(plan_command)
+app.command("calibrate")(calibrate_command)
 app.command("search")(search_command)
+app.command("fleet")(fleet_command)
 
 
 def _refuse_no_op(source: Adapter, result: Adapter, alpha: str) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora_squeeze.cli.calibrate import Base, Calibrate, asked_of, loss_line
 from lora_squeeze.cli.options import (
     AdapterArgument,
     Each,
     Json,
     Revision,
     Subfolder,
-    load_adapter,
     option,
     parse_dtype,
     rank_list,
@@ -47,6 +48,8 @@ def plan(
     ranks: Annotated[str | None, option("ranks")] = None,
     same_rank_per: Annotated[str, option("same_rank_per")] = "module",
     dtype: Annotated[str | None, option("dtype")] = None,
+    calibrate: Calibrate = None,
+    base: Base = None,
     subfolder: Subfolder = None,
     revision: Revision = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
@@ -55,18 +58,24 @@ def plan(
 ) -> None:
     """Write the ranks that a squeeze would choose to a file, for `squeeze --plan`; without -o, show them."""
     from lora_squeeze.cli import show
+    from lora_squeeze.hub import load, locate
     from lora_squeeze.plan import make_plan
     from lora_squeeze.plan_file import check_target, to_json
 
     if output is not None:
         check_target(output, force=force)
-    with show.progress("measuring") as progress:
-        made = make_plan(
-            load_adapter(adapter, subfolder, revision), name=adapter, progress=progress, rank=rank, energy=energy,
-            error=error, size=size, params=params, sv_ratio=sv_ratio, sv_cumulative=sv_cumulative, sv_fro=sv_fro,
-            allocate=allocate, min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of, ranks=rank_list(ranks),
-            same_rank_per=same_rank_per, dtype=parse_dtype(dtype),
-        )  # fmt: skip
+    folder = locate(adapter, subfolder=subfolder, revision=revision)
+    source = load(folder)
+    with asked_of(calibrate, base, source, folder) as asked:
+        with show.progress("measuring") as progress:
+            made = make_plan(
+                source, name=adapter, moments=asked.moments, progress=progress, rank=rank, energy=energy, error=error,
+                size=size, params=params, sv_ratio=sv_ratio, sv_cumulative=sv_cumulative, sv_fro=sv_fro,
+                allocate=allocate, min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of,
+                ranks=rank_list(ranks), same_rank_per=same_rank_per, dtype=parse_dtype(dtype),
+            )  # fmt: skip
+        losses = asked.losses(source.squeeze(plan=made, moments=asked.moments))
+    made = replace(made, totals={**made.totals, **losses})
     if output is not None:
         made.save(output, force=force)
     if as_json:
@@ -79,6 +88,7 @@ def plan(
         f"{totals['parameters']:,} parameters, at most {show.size(totals['file_bytes'])}, "
         f"energy kept {totals['energy']:.2%}, error {totals['error']:.4f}"
     ]
+    lines += loss_line(losses, totals.get("loss_increase"))
     lines += ["nothing written: give -o plan.toml"] if output is None else [f"written to {output}"]
     for line in lines:
         console.print(line, markup=False, highlight=False)

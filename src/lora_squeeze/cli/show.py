@@ -34,11 +34,12 @@ def console() -> Console:
 
 
 @contextmanager
-def progress(label: str) -> Iterator[Progress]:
+def progress(label: str, of: str = "bytes") -> Iterator[Progress]:
     """A bar with the time left on standard error, for what takes longer than it takes to read it; silent in a pipe."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    count = DownloadColumn() if of == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=None)
@@ -63,7 +64,9 @@ def inspect_tables(report: Report, each: bool) -> list[Table]:
     plan, base = bool(report.request), report.base is not None
     headers = ["rank", *(["plan"] if plan else []), "90 %", "95 %", "99 %", "stable", "entropy", "numerical"]
     ranks = Table("module", *headers, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    headers = ["norm", *(["of the weight", "lost in bf16"] if base else []), "scale", "bytes"]
+    counted = any(row.base and row.base.intruders is not None for row in report.rows)
+    beside = [*(["of the weight", "lost in bf16"] if base else []), *(["intruders"] if counted else [])]
+    headers = ["norm", *beside, "scale", "bytes"]
     sizes = Table("module", *headers, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, rows in _lines(report, each):
         ranks.add_row(
@@ -79,6 +82,7 @@ def inspect_tables(report: Report, each: bool) -> list[Table]:
             name,
             f"{sum(row.norm**2 for row in rows) ** 0.5:.3g}",
             *(_beside_base(rows) if base else []),
+            *([_intruders(rows)] if counted else []),
             _range([row.scale for row in rows]),
             size(sum(row.size_bytes for row in rows)),
         )
@@ -135,6 +139,11 @@ def _beside_base(rows: list[Row]) -> list[str]:
     lost = [100 * base.merge_error for base in found if base.merge_error is not None]
     sizes = _short_range([base.relative_norm for base in found]) if found else ""
     return [sizes, f"{_short_range(lost)} %" if lost else ""]
+
+
+def _intruders(rows: list[Row]) -> str:
+    found = [row.base.intruders for row in rows if row.base and row.base.intruders is not None]
+    return _range(found) if found else ""
 
 
 def _change(rows: list[Row]) -> str:

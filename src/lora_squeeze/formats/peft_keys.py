@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lora_squeeze.adapter import Extra, Module
+from lora_squeeze.data_aware import TIED
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.peft_config import pattern_value, scale_of
 from lora_squeeze.formats.safetensors_header import quoted
@@ -347,7 +348,7 @@ def _tied(modules: dict[str, Module], config: Mapping[str, Any]) -> dict[str, Mo
         elif config.get("ensure_weight_tying") and (
             module.kind == "embedding" or name.rpartition(".")[2] in _TIED_HEADS
         ):
-            group[name] = "tied embeddings"
+            group[name] = TIED
     if any(re.search(r"\.experts\.\d+\.", name) for name in modules):
         # PEFT fuses per-expert modules on loading and takes one rank, r, for all of them.
         group = dict.fromkeys(modules, "all: per-expert modules are fused on loading")

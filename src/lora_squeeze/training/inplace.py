@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_squeeze.adaptive import spend
-from lora_squeeze.decompose import Decomposition, gram_of_columns
+from lora_squeeze.decompose import Decomposition
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.lowrank import LowRank
-from lora_squeeze.moments import Moments, predicted_curve, weighted_truncation
+from lora_squeeze.moments import Moments, predicted_curve, truncation
 from lora_squeeze.post_squeeze import decomposed
 from lora_squeeze.ranks import Allocation, Limits, Unit, allocation_for, choose, price
 from lora_squeeze.training.commit import New, commit
@@ -297,14 +297,9 @@ def _truncated(module: LiveModule, update: LowRank, found: Decomposition, rank: 
         P, R = found.coordinates(update.B, update.A, rank, abs(update.scale))
         lost = float((found.total - found.S[..., :rank].square().sum(-1)).clamp_min(0).sum())
         return New(module, update, *_signed(update, B, A, P), R, lost)
-    copies = update.B.ndim == 3
-    wide_B, wide_A = (factor if copies else factor[None] for factor in (update.B, update.A))
-    G, H = gram_of_columns(wide_B), gram_of_columns(wide_A.mT)
-    G, H = (G, H) if copies else (G[0], H[0])
-    P, R, _ = weighted_truncation(moments, G, H, rank)
-    rest = torch.eye(update.rank, dtype=P.dtype, device=P.device) - P @ R
-    lost = update.scale**2 * float((rest.mT @ G @ rest * H.mT).sum().clamp_min(0))
-    return New(module, update, (update.B.to(P) @ P).to(update.B), (R @ update.A.to(R)).to(update.A), P, R, lost)
+    cut = truncation(update, moments, rank)
+    B, A = (update.B.to(cut.P) @ cut.P).to(update.B), (cut.R @ update.A.to(cut.R)).to(update.A)
+    return New(module, update, B, A, cut.P, cut.R, cut.lost)
 
 
 def _signed(update: LowRank, B: Tensor, A: Tensor, P: Tensor) -> tuple[Tensor, Tensor, Tensor]:

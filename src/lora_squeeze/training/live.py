@@ -28,13 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_squeeze.adapter import Kind
+from lora_squeeze.data_aware import TIED, base_name
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.peft_config import check_kind
 from lora_squeeze.lowrank import LowRank
 from lora_squeeze.training.optimizer_state import full, like
 
-# What wrappers put into the names of modules: DDP, torch.compile, FSDP, activation checkpointing; and PEFT itself.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Variants with plain factors: an activated LoRA only begins later in the text, MiCA only freezes what it initialises.
 _PLAIN_VARIANTS = {"ALoraLinearVariant", "MiCALinearVariant", "MiCAEmbeddingVariant"}
 
@@ -275,11 +274,6 @@ def _live(path: str, layer: Any, adapter: str) -> LiveModule:
     return LiveModule(name, path, layer, adapter, "embedding" if isinstance(layer, Embedding) else "linear")
 
 
-def base_name(path: str) -> str:
-    """The path in the base model: without PEFT's prefixes and those of wrappers."""
-    return _WRAPPERS.sub("", path).removeprefix("base_model.model.").replace(".base_layer", "")
-
-
 def _grouped(modules: list[LiveModule], tied: bool) -> list[LiveModule]:
     """Mark the modules that must keep one rank, because PEFT gives them one when it loads the file."""
     siblings = Counter(base_name(m.path) for m in modules if m.kind == "experts")
@@ -293,7 +287,7 @@ def _grouped(modules: list[LiveModule], tied: bool) -> list[LiveModule]:
             groups[module.name] = groups[outer] = f"attention {outer}"
     if tied:
         heads = _sharing(modules)
-        groups.update({module.name: "tied embeddings" for pair in heads for module in pair})
+        groups.update({module.name: TIED for pair in heads for module in pair})
     return [replace(m, group=groups[m.name]) if m.name in groups else m for m in modules]
 
 

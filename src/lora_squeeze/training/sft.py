@@ -9,14 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +23,21 @@ from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats import peft
 from lora_squeeze.formats.folder import check_target, replace_folder
 from lora_squeeze.training.dataset import FORMS, PROMPT_FORMS, Data, load_data
+from lora_squeeze.training.libraries import (
+    PACKAGES,
+    check_packages,
+    checkpointing,
+    first_line,
+    open_adapter,
+    open_model,
+    open_tokenizer,
+    quiet,
+    random_state_put_back,
+)
 from lora_squeeze.training.sft_checkpoints import checkpoint_folder, last_checkpoint, remove_checkpoints
 from lora_squeeze.training.sft_settings import TrainSettings
 
 TRAINING_NAME = "training.json"
-_PACKAGES = ("accelerate", "datasets", "peft", "transformers", "trl")
 _STUDENT = "default"  # PEFT's name for an adapter that is given none
 
 Report = Callable[[int, int, Mapping[str, Any]], None]
@@ -61,7 +67,7 @@ class Trained:
 
     def to_json(self) -> dict[str, Any]:
         """What is written beside the adapter, with the versions of the libraries."""
-        versions = {name: version(name) for name in ("lora-squeeze", "torch", *_PACKAGES)}
+        versions = {name: version(name) for name in ("lora-squeeze", "torch", *PACKAGES)}
         return {**asdict(self), "settings": self.settings.to_json(), "versions": versions}
 
 
@@ -89,7 +95,7 @@ def train(settings: TrainSettings, report: Report | None = None) -> Trained:
     """
     start = time.perf_counter()
     _check_machine(settings)
-    with _quiet(), _random_state_put_back():
+    with quiet(), random_state_put_back():
         plan = _plan(settings)
         with checkpoint_folder(settings, keep=plan.checkpoint is not None):
             model, squeezes = _model(settings)
@@ -134,14 +140,12 @@ def _plan(settings: TrainSettings) -> _Plan:
         held = load_data(settings.eval_data, split=settings.eval_split, subset=subset, forms=forms)
     steps = _steps(settings, len(data.rows))
     callback = _callback(settings, steps) if source is None else None
-    tokenizer = _tokenizer(settings.model, chat=data.chat or (held is not None and held.chat))
+    tokenizer = open_tokenizer(settings.model, chat=data.chat or (held is not None and held.chat))
     return _Plan(checkpoint, source, data, held, steps, callback, tokenizer)
 
 
 def _check_machine(settings: TrainSettings) -> None:
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
-    if missing:
-        raise LoraSqueezeError(f"training needs {' and '.join(missing)}: pip install 'lora-squeeze[train]'")
+    check_packages("training")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LoraSqueezeError("this trains in one process; for several, use SqueezeCallback in a script of your own")
     if not settings.cpu and torch.cuda.device_count() > 1:
@@ -196,43 +200,17 @@ def _callback(settings: TrainSettings, steps: int) -> Any:
     return callback
 
 
-def _tokenizer(model: str, chat: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise LoraSqueezeError(f"{model}: no model with a tokenizer here or on the hub ({_first(error)})") from error
-    if tokenizer.eos_token is None:
-        raise LoraSqueezeError(f"{model}: its tokenizer has no end-of-text token, so no example can end; set eos_token")
-    if chat and tokenizer.chat_template is None:
-        raise LoraSqueezeError(f"{model}: the data are messages, but its tokenizer has no chat template; use texts")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def _model(settings: TrainSettings) -> tuple[Any, list[dict[str, Any]]]:
     """The base model; with an adapter to continue, that on it and squeezed, and what the squeeze has done."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     from lora_squeeze.runtime import choose_device, choose_precision
     from lora_squeeze.training.inplace import squeeze_
 
     device = choose_device("cpu" if settings.cpu else None)
     dtype = getattr(torch, settings.dtype or choose_precision(device))
-    try:
-        base: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
-        base = base.to(device)
-    except (OSError, ValueError) as error:
-        raise LoraSqueezeError(f"{settings.model}: no language model to be loaded ({_first(error)})") from error
+    base = open_model(settings.model, device, dtype)
     if settings.adapter is None:
         return base, []
-    try:
-        model: Any = PeftModel.from_pretrained(base, settings.adapter, is_trainable=True)
-    except (RuntimeError, ValueError) as error:
-        raise LoraSqueezeError(f"{settings.adapter} does not fit {settings.model} ({_first(error)})") from error
+    model = open_adapter(base, settings.adapter, settings.model, trainable=True)
     done = squeeze_(model, settings.rank, allocate=settings.allocate)  # type: ignore[arg-type]
     told = ("rank", "energy", "parameters", "parameters_after", "seconds")
     return model, [{"step": 0, **{name: getattr(done, name) for name in told}}]
@@ -278,7 +256,7 @@ def _trainer(settings: TrainSettings, plan: _Plan, model: Any, report: Report | 
     except LoraSqueezeError:
         raise
     except ValueError as error:
-        raise LoraSqueezeError(f"TRL refuses this training: {_first(error)}") from error
+        raise LoraSqueezeError(f"TRL refuses this training: {first_line(error)}") from error
     if not len(trainer.train_dataset):
         raise LoraSqueezeError(f"in no example does anything to learn begin within {settings.max_length} tokens")
     trainer.remove_callback(PrinterCallback)
@@ -302,12 +280,8 @@ def _arguments(settings: TrainSettings, steps: int, model: Any, measured: bool) 
     from trl.trainer.sft_config import SFTConfig
 
     tenth = max(1, steps // 10)
-    # The name that transformers 5.23 gives to gradient checkpointing; the old one warns there.
-    names = {field.name for field in fields(SFTConfig)}
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    options: dict[str, Any] = {checkpointing: settings.gradient_checkpointing}
     return SFTConfig(
-        **options,
+        **checkpointing(settings.gradient_checkpointing),
         output_dir=str(settings.checkpoints),
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
@@ -360,40 +334,3 @@ def _save(trained: Trained, plan: _Plan, model: Any) -> None:
         model.save_pretrained(folder, selected_adapters=[_STUDENT], save_embedding_layers=embeddings)
         plan.tokenizer.save_pretrained(folder)
         (folder / TRAINING_NAME).write_text(json.dumps(trained.to_json(), indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the bars of datasets where nobody would see them move."""
-    import datasets
-
-    from lora_squeeze.runtime import quiet_libraries
-
-    shown = not sys.stderr.isatty() and datasets.utils.is_progress_bar_enabled()
-    if shown:
-        datasets.disable_progress_bars()
-    try:
-        with quiet_libraries():
-            yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
-@contextmanager
-def _random_state_put_back() -> Iterator[None]:
-    """TRL and PEFT draw from the global generators; afterwards they are as they were."""
-    import numpy
-
-    python, arrays = random.getstate(), numpy.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            numpy.random.set_state(arrays)
-
-
-def _first(error: Exception) -> str:
-    return f"{(str(error).strip().splitlines() or [type(error).__name__])[0]:.300}"
