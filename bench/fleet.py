@@ -111,7 +111,7 @@ def measure(folder: Path, members: int, singles: int) -> list[dict[str, Any]]:
         found = run(command)
         report = json.loads(found.pop("out"))
         states = [row["state"] for row in report["members"]]
-        told = {name: report[name] for name in ("max_rank", "loss", "bytes", "options")}
+        told = {name: report[name] for name in ("max_rank", "loss", "options")} | {"device_bytes": report["bytes"]}
         after = sum(row["bytes_after"] for row in report["members"])
         rows.append(
             {"arm": arm, **facts, **found, **told, "bytes_after": after, "written": states.count("written"),

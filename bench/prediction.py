@@ -8,7 +8,8 @@ experiment  rows
 ==========  ============================================================================================================
 budget      the adapter at the parameters of low uniform ranks: one rank for all or the best rank per module, by energy
             or by predicted loss, cut plainly or in the metric of the data
-modules     modules cut alone: predicted and measured increase of the loss (first seed; about 35 of them)
+prediction  cut to low uniform ranks, and modules cut alone (about 35 of them), first seed: measured change of the loss
+            beside the two parts of the prediction, the slope ("straight") and the curvature ("curved")
 ==========  ============================================================================================================
 """
 
@@ -18,6 +19,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,8 @@ from lora_squeeze.hub import load
 from lora_squeeze.moments import Moments
 from lora_squeeze.plan import Plan, PlanRow
 from lora_squeeze.post_squeeze import Squeezed
+from lora_squeeze.training.ask import calibrate
 from lora_squeeze.training.calibration import factors_of
-from lora_squeeze.training.statistics import calibrate
 
 SOURCE = 64
 RANKS = (8, 4, 2, 1)
@@ -52,7 +54,9 @@ ARMS: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
-def experiment(task: Task, rows: Rows, steps: int, rate: float, seeds: list[int], arms: list[str]) -> None:
+def experiment(
+    task: Task, rows: Rows, steps: int, rate: float, seeds: list[int], arms: list[str], only_prediction: bool
+) -> None:
     """All rows of one task that are not there yet."""
     held_out = task.held_out()
     for seed in seeds:
@@ -69,9 +73,10 @@ def experiment(task: Task, rows: Rows, steps: int, rate: float, seeds: list[int]
             seconds = time.perf_counter() - begin
             source = _losses(task, model, asked, held_out)
             rows.add(experiment="source", **key, **source, seconds=seconds, last=sum(losses[-10:]) / 10)
+            if only_prediction:
+                _prediction(task, rows, key, model, adapter, moments, asked, source["asked"])
+                continue
             _budgets(task, rows, key, model, adapter, moments, asked, held_out, arms)
-            if seed == seeds[0]:
-                _modules(task, rows, key, model, adapter, moments, asked, source["asked"])
         rows.add(experiment="done", **key)
 
 
@@ -88,35 +93,52 @@ def _budgets(
     task: Task, rows: Rows, key: dict[str, Any], model: nn.Module, adapter: Adapter, moments: dict[str, Moments],
     asked: list[Batch], held_out: list[Batch], arms: list[str],
 ) -> None:  # fmt: skip
+    bent = {name: replace(item, slope=None) for name, item in moments.items()}
     for rank in RANKS:
         for arm in arms:
             options, aware = ARMS[arm]
             if rows.has(experiment="budget", **key, arm=arm, rank=rank):
                 continue
-            small = adapter.squeeze(rank=rank, moments=moments if aware else None, **options)
+            small = adapter.squeeze(rank=rank, moments=bent if aware else None, **options)
             with factors_of(model, small):
                 found = _losses(task, model, asked, held_out)
             report = small.report
             rows.add(
                 experiment="budget", **key, arm=arm, rank=rank, **found, parameters=small.parameters,
-                energy=report.energy, predicted=report.loss_increase, left=len(small.dropped), largest=small.rank,
+                energy=report.energy, curved=report.loss_increase, left=len(small.dropped), largest=small.rank,
             )  # fmt: skip
 
 
-def _modules(
+def _prediction(
     task: Task, rows: Rows, key: dict[str, Any], model: nn.Module, adapter: Adapter, moments: dict[str, Moments],
     asked: list[Batch], source: float,
 ) -> None:  # fmt: skip
+    bent = {name: replace(item, slope=None) for name, item in moments.items()}
+
+    def told(small: Adapter, curved: Adapter, **more: Any) -> None:
+        with factors_of(model, small):
+            measured = _mean(task, model, asked) - source
+        found, second = (_told(item) for item in (small, curved))
+        rows.add(experiment="prediction", **key, measured=measured, straight=found - second, curved=second, **more)
+
+    for rank in (16, *RANKS):
+        told(*(adapter.squeeze(rank=rank, moments=item) for item in (moments, bent)), rank=rank)
     for rank in ALONE:
-        for name, small in _alone(adapter, rank, moments):
-            with factors_of(model, small):
-                measured = _mean(task, model, asked) - source
-            assert isinstance(small.source, Squeezed)
-            cut = small.source.measured[name]
-            rows.add(
-                experiment="modules", **key, rank=rank, module=name, measured=measured, predicted=cut.loss_increase,
-                lost=cut.discarded(rank) ** 2,
-            )  # fmt: skip
+        pairs = zip(_alone(adapter, rank, moments), _alone(adapter, rank, bent), strict=True)
+        for (name, small), (_, curved) in pairs:
+            told(small, curved, rank=rank, module=name, lost=_squeezed(small).measured[name].discarded(rank) ** 2)
+
+
+def _told(small: Adapter) -> float:
+    """The prediction of what is cut; it is known once the factors are computed."""
+    for batch in small.batches():
+        small.source.updates(batch)
+    return sum(found.loss_increase or 0.0 for found in _squeezed(small).measured.values())
+
+
+def _squeezed(small: Adapter) -> Squeezed:
+    assert isinstance(small.source, Squeezed)
+    return small.source
 
 
 def _alone(adapter: Adapter, rank: int, moments: dict[str, Moments]) -> Iterator[tuple[str, Adapter]]:
@@ -146,11 +168,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--held", type=int, default=512, help="held-out examples")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--prediction", action="store_true", help="the experiment prediction instead of budget")
     parser.add_argument("--rows", type=Path, default=Path("rows.jsonl"))
     asked = parser.parse_args()
     rows = Rows(asked.rows)
     rows.add(experiment="machine", **machine())
-    experiment(TASKS[asked.task](held=asked.held), rows, asked.steps, asked.rate, asked.seeds, asked.arms)
+    experiment(
+        TASKS[asked.task](held=asked.held), rows, asked.steps, asked.rate, asked.seeds, asked.arms, asked.prediction
+    )
 
 
 if __name__ == "__main__":

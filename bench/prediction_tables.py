@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.prediction import ALONE, ARMS, RANKS
+from bench.prediction import ALONE, RANKS
 
 Row = dict[str, Any]
 
@@ -27,35 +27,32 @@ def _tables(task: str, rows: list[Row]) -> None:
     losses = [row["loss"] for row in sources.values()]
     print(f"**{task}.** Source, held out: {_mean(losses)}, {len(sources)} seeds. Increase of the held-out loss:\n")
     print(f"| arm | {' | '.join(f'rank {rank}' for rank in RANKS)} |\n|---|{'---|' * len(RANKS)}")
-    for arm in ARMS:
+    for arm in dict.fromkeys(row["arm"] for row in budgets):
         cells = [_mean(_increases(budgets, sources, arm, rank, "loss")) for rank in RANKS]
         print(f"| {arm} | {' | '.join(cells)} |")
-    print("\nOn the examples asked: predicted and measured increase.\n")
-    print(f"| arm | {' | '.join(f'rank {rank}' for rank in RANKS)} |\n|---|{'---|' * len(RANKS)}")
-    for arm in (arm for arm, (_, aware) in ARMS.items() if aware):
-        cells = []
-        for rank in RANKS:
-            told = [row["predicted"] for row in budgets if (row["arm"], row["rank"]) == (arm, rank)]
-            measured = _increases(budgets, sources, arm, rank, "asked")
-            cells.append(f"{sum(told) / len(told):.4f}, {sum(measured) / len(measured):.4f}" if told else "")
-        print(f"| {arm} | {' | '.join(cells)} |")
     print()
-    _modules([row for row in rows if row["experiment"] == "modules"])
+    _prediction([row for row in rows if row["experiment"] == "prediction"])
 
 
-def _modules(rows: list[Row]) -> None:
+def _prediction(rows: list[Row]) -> None:
     if not rows:
         return
-    print("Modules cut alone, first seed: rank correlation with the measured increase, sum measured / sum predicted.\n")
-    print("| rank | modules | predicted loss | energy lost | measured / predicted | measured below 0 |")
-    print("|---|---|---|---|---|---|")
+    print("On the examples asked, first seed, one rank for all: measured, and predicted as slope + curvature.\n")
+    print("| rank | measured | predicted | slope | curvature |\n|---|---|---|---|---|")
+    for row in (row for row in rows if "module" not in row):
+        total = row["straight"] + row["curved"]
+        print(f"| {row['rank']} | {row['measured']:.4f} | {total:.4f} | {row['straight']:.4f} | {row['curved']:.4f} |")
+    print("\nModules cut alone: rank correlation with the measured change.\n")
+    print("| rank | modules | predicted | slope | curvature | energy lost | sum measured | sum predicted |")
+    print("|---|---|---|---|---|---|---|---|")
     for rank in ALONE:
-        found = [row for row in rows if row["rank"] == rank]
-        measured, predicted, lost = ([row[key] for row in found] for key in ("measured", "predicted", "lost"))
-        print(
-            f"| {rank} | {len(found)} | {_spearman(predicted, measured):.2f} | {_spearman(lost, measured):.2f} | "
-            f"{sum(measured) / sum(predicted):.1f} | {sum(value < 0 for value in measured)} |"
+        found = [row for row in rows if row["rank"] == rank and "module" in row]
+        measured, straight, curved, lost = (
+            [r[key] for r in found] for key in ("measured", "straight", "curved", "lost")
         )
+        total = [one + other for one, other in zip(straight, curved, strict=True)]
+        cells = [f"{_spearman(values, measured):.2f}" for values in (total, straight, curved, lost)]
+        print(f"| {rank} | {len(found)} | {' | '.join(cells)} | {sum(measured):.4f} | {sum(total):.4f} |")
     print()
 
 

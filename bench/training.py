@@ -31,10 +31,11 @@ from bench.machine import machine
 from bench.training_tasks import TASKS, Batch, Task, evaluate
 from lora_squeeze.moments import Moments
 from lora_squeeze.schedule import Schedule, make_schedule
+from lora_squeeze.training.ask import calibrate
 from lora_squeeze.training.inplace import squeeze_
 from lora_squeeze.training.live import live_modules
 from lora_squeeze.training.squeezer import Squeezer
-from lora_squeeze.training.statistics import Statistics, calibrate
+from lora_squeeze.training.statistics import Statistics
 
 SOURCE, TARGET = 64, 8
 LOW_RANKS = (8, 4, 2, 1)

@@ -14,8 +14,9 @@ from statistics_cases import STEADY, Batch, alike, examples
 from torch import Tensor, nn
 
 from lora_squeeze import LoraSqueezeError
+from lora_squeeze.training.ask import calibrate
 from lora_squeeze.training.live import live_modules
-from lora_squeeze.training.statistics import Statistics, calibrate
+from lora_squeeze.training.statistics import Statistics
 
 
 @pytest.mark.parametrize("name", ["linear", "conv1d of gpt2"])

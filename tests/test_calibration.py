@@ -9,7 +9,7 @@ import torch
 from click.testing import Result
 from command_cases import command
 from peft import PeftModel
-from train_cases import RANK, Place, conversations, examples, private_cache, write_rows
+from train_cases import RANK, SOURCE_RANK, Place, conversations, examples, private_cache, write_rows
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -91,6 +91,25 @@ def test_the_loss_with_a_squeezed_adapter_is_that_of_its_folder(
     assert measured != found.loss
 
 
+def test_the_loss_of_a_small_cut_is_as_predicted(place: Place, tmp_path: Path) -> None:
+    """The last direction of every module holds a thousandth of the others: then the slope is nearly all there is."""
+    load(place.folder / "adapter").save(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    for key in tensors:
+        if "lora_B" in key:
+            tensors[key][:, -1] *= 1e-3
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    adapter = load(tmp_path / "adapter")
+    asked = Examples(str(place.folder / "train.jsonl"), examples=24)
+    with Subject(adapter, tmp_path / "adapter", asked, base=str(place.folder / "model"), dtype="float32") as it:
+        found = it.calibrate()
+        small = adapter.squeeze(rank=SOURCE_RANK - 1, moments=found.moments)
+        measured = it.loss_with(small) - found.loss
+    assert abs(measured) > 1e-5
+    assert small.report.loss_increase == pytest.approx(measured, rel=0.1)
+
+
 def test_the_same_seed_draws_the_same_examples_and_the_global_generator_is_left_alone(place: Place) -> None:
     state = torch.random.get_rng_state()
     with subject(place, seed=1) as one, subject(place, seed=1) as other, subject(place, seed=2) as third:
@@ -123,6 +142,7 @@ def test_statistics_come_back_from_their_file_and_are_refused_for_another_adapte
     for name, item in found.moments.items():
         assert torch.equal(item.C, again.moments[name].C) and torch.equal(item.F, again.moments[name].F)
         assert item.rows == again.moments[name].rows
+        assert item.slope is not None and torch.equal(item.slope, again.moments[name].slope)
     tensors = safetensors.torch.load_file(path)
     assert {key.rpartition(".")[0] for key in tensors} == set(found.moments), "readable by others"
     again.check(load(place.folder / "adapter"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_cases import SHAPES, plain_config, read_dense, tail, write_folder
+from adapter_cases import RANK, SHAPES, plain_config, read_dense, tail, write_folder
 from peft_cases import CASES
 from peft_models import adapted, save
 from statistics_cases import WITH_ROWS
@@ -19,9 +19,9 @@ from lora_squeeze.hub import load
 from lora_squeeze.moments import Moments
 from lora_squeeze.plan import Plan, make_plan
 from lora_squeeze.post_squeeze import Squeezed, squeeze
+from lora_squeeze.training.ask import calibrate
 from lora_squeeze.training.inplace import squeeze_
 from lora_squeeze.training.live import live_modules
-from lora_squeeze.training.statistics import calibrate
 
 NAMES = list(SHAPES)
 
@@ -263,3 +263,47 @@ def test_tied_embeddings_are_cut_plainly_and_alike(tmp_path: Path) -> None:
     assert len(tied) == 2
     for name in tied:
         assert torch.equal(small.update(name).B, plain.update(name).B)
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_ROWS if name != "tied embedding and head"])
+def test_the_slope_is_the_gradient_with_respect_to_a_matrix_between_the_factors(name: str, tmp_path: Path) -> None:
+    """Found from dL/dA; here from dL/dB: both are s B^T (dL/dW) A^T."""
+    model, moments = _written_and_asked(name, tmp_path / "adapter")
+    model.eval()
+    for module in live_modules(model, "default"):
+        module.B.requires_grad_(True)  # MiCA freezes it
+    case_loss(model, CASES[name]).backward()
+    for module in live_modules(model, "default"):
+        slope, grad = moments[module.path].slope, module.B.grad
+        assert slope is not None and grad is not None
+        expected = module.columns(module.B.detach()).double().mT @ module.columns(grad).double()
+        assert torch.allclose(slope.double(), expected, atol=1e-4 * float(expected.abs().max()) + 1e-12), module.name
+
+
+def test_no_slope_is_told_of_tied_embeddings(tmp_path: Path) -> None:
+    """Their gradients are sums over both uses."""
+    model, moments = _written_and_asked("tied embedding and head", tmp_path / "adapter")
+    adapter = load(tmp_path / "adapter")
+    for module in live_modules(model, "default"):
+        assert (moments[module.path].slope is None) == (adapter.modules[module.name].group == data_aware.TIED)
+
+
+def test_the_prediction_counts_the_slope_of_what_is_cut(adapter: Adapter) -> None:
+    plain, _ = data_of(adapter)
+    slopes = {name: covariance(RANK, i) for i, name in enumerate(NAMES)}
+    moments = {name: Moments(m.C, m.F, m.rows, slopes[name]) for name, m in plain.items()}
+    small, before = adapter.squeeze(rank=3, moments=moments), adapter.squeeze(rank=3, moments=plain)
+    told, curved = ({row.name: row.loss_increase or 0.0 for row in found.report.rows} for found in (small, before))
+    for name in NAMES:
+        update = small.update(name)
+        assert torch.equal(update.B, before.update(name).B), "the cut is the same"
+        # M with B M A = B' A', from pseudo-inverses
+        source = adapter.update(name)
+        M = torch.linalg.pinv(source.B.double()) @ update.B.double() @ update.A.double()
+        M = M @ torch.linalg.pinv(source.A.double())
+        straight = float((slopes[name] * (M - torch.eye(RANK))).sum())
+        assert told[name] - curved[name] == pytest.approx(straight, rel=1e-4, abs=1e-8)
+    gone = adapter.squeeze(params=100, moments=moments).report.rows
+    for row in (row for row in gone if row.rank_after == 0):
+        whole = data_aware.loss_without(adapter.modules[row.name], plain[row.name])
+        assert row.loss_increase == pytest.approx(whole - float(slopes[row.name].trace()))

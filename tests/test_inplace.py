@@ -20,10 +20,10 @@ from lora_squeeze import LoraSqueezeError
 from lora_squeeze.moments import Moments, predicted_increase
 from lora_squeeze.post_squeeze import decomposed
 from lora_squeeze.training import commit, inplace
+from lora_squeeze.training.ask import calibrate
 from lora_squeeze.training.commit import compact, make_room
 from lora_squeeze.training.inplace import squeeze_
 from lora_squeeze.training.live import live_modules
-from lora_squeeze.training.statistics import calibrate
 
 WAYS = ["replace", "mask"]
 

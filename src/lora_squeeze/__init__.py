@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from lora_squeeze.report import inspect as inspect
     from lora_squeeze.schedule import Schedule as Schedule
     from lora_squeeze.schedule import make_schedule as make_schedule
+    from lora_squeeze.training.ask import calibrate as calibrate
     from lora_squeeze.training.callback import SqueezeCallback as SqueezeCallback
     from lora_squeeze.training.inplace import squeeze_ as squeeze_
     from lora_squeeze.training.squeezer import Squeezer as Squeezer
-    from lora_squeeze.training.statistics import calibrate as calibrate
 
     __version__: str
 
@@ -38,7 +38,7 @@ _HOME = {
     "SqueezeCallback": "training.callback",
     "Squeezer": "training.squeezer",
     "squeeze_": "training.inplace",
-    "calibrate": "training.statistics",
+    "calibrate": "training.ask",
 }
 __all__ = [*_HOME, "__version__"]
 

@@ -1,7 +1,8 @@
-"""The statistics of a calibration in a file, so that plans and squeezes need no model: two matrices a module.
+"""The statistics of a calibration in a file, so that plans and squeezes need no model: three matrices a module.
 
     <module>.C    float32 (*copies, r, r), E[(A x)(A x)^T]
     <module>.F    float32 (*copies, r, r), E[(B^T g)(B^T g)^T]
+    <module>.K    float32 (*copies, r, r), the slope of the loss: gradient with respect to M in s B M A
 
 The header has one entry "calibration", JSON with the format's version, the digest of the adapter's weights file, the
 loss, what it was measured on, and the number of rows seen by each module. Statistics hold in the coordinates of one
@@ -71,7 +72,12 @@ class Calibration:
         """
         target = Path(path).expanduser()
         check_target(target, force=force)
-        matrices = {f"{name}.{key}": getattr(m, key).float() for name, m in self.moments.items() for key in "CF"}
+        matrices = {
+            f"{name}.{key}": matrix.float()
+            for name, m in self.moments.items()
+            for key, matrix in (("C", m.C), ("F", m.F), ("K", m.slope))
+            if matrix is not None
+        }
         facts = {"format": FORMAT, **{name: getattr(self, name) for name in _FACTS}}
         header = {KEY: json.dumps({**facts, "rows": {name: m.rows for name, m in self.moments.items()}})}
         entries = {key: (torch.float32, tuple(matrix.shape)) for key, matrix in matrices.items()}
@@ -103,7 +109,12 @@ class Calibration:
                 if facts.pop("format") != FORMAT:
                     raise ValueError("another version")
                 moments = {
-                    name: Moments(file.read(f"{name}.C"), file.read(f"{name}.F"), float(count))
+                    name: Moments(
+                        file.read(f"{name}.C"),
+                        file.read(f"{name}.F"),
+                        float(count),
+                        file.read(f"{name}.K") if f"{name}.K" in file.entries else None,
+                    )
                     for name, count in rows.items()
                 }
                 return cls(moments, **{name: kind(facts[name]) for name, kind in _FACTS.items()})

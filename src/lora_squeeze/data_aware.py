@@ -90,8 +90,9 @@ def loss_spectra(adapter: Adapter, moments: Mapping[str, Moments], plain: Spectr
 
 
 def loss_without(module: Module, moments: Moments) -> float:
-    """Predicted increase of the loss if the module leaves the adapter."""
-    return math.fsum(s * s for row in _values(module, moments) for s in row)
+    """Predicted change of the loss if the module leaves the adapter."""
+    straight = 0.0 if moments.slope is None else -float(moments.slope.diagonal(dim1=-2, dim2=-1).sum())
+    return straight + math.fsum(s * s for row in _values(module, moments) for s in row)
 
 
 def _values(module: Module, moments: Moments) -> list[list[float]]:

@@ -14,8 +14,9 @@ A x is what the branch computes forward and s B^T g what it computes backward: `
 Half the squared loss of rank is also an estimate of what the squeeze adds to the training loss: the Fisher matrix of
 the module is taken as the Kronecker product of C_x and F_y, as in K-FAC (Martens and Grosse 2015).
 
-The estimate leaves out what modules do to each other, so it compares truncations better than it foretells losses. A
-small share of the plain metric is mixed in, for directions about which the data say nothing.
+The estimate leaves out what modules do to each other, and the slope of the loss, which a truncation meets first:
+`Truncation` adds the slope where it is known. A small share of the plain metric is mixed in, for directions about which
+the data say nothing.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Moments:
         C: (*batch, r, r), E[(A x)(A x)^T] over the rows x of the input.
         F: (*batch, r, r), E[(B^T g)(B^T g)^T], g the gradient of one row's loss with respect to that row of the output.
         rows: effective number of rows seen.
+        slope: (*batch, r, r), gradient of the loss with respect to M in s B M A, at M = I; None: not known. The sum of
+            s (B^T g)(A x)^T over all rows, with g the gradient of the whole loss.
 
     Raises:
         LoraSqueezeError: the matrices do not fit together, or hold NaN or infinity.
@@ -54,6 +57,7 @@ class Moments:
     C: Float[Tensor, "*batch r r"]
     F: Float[Tensor, "*batch r r"]
     rows: float
+    slope: Float[Tensor, "*batch r r"] | None = None
 
     def __post_init__(self) -> None:
         c, f = tuple(self.C.shape), tuple(self.F.shape)
@@ -65,10 +69,19 @@ class Moments:
             )
 
     def mapped(self, P: Float[Tensor, "*batch r k"], R: Float[Tensor, "*batch k r"]) -> Moments:
-        """The moments in the coordinates of B' = B P and A' = R A: C' = R C R^T, F' = P^T F P. Exact."""
+        """The moments in the coordinates of B' = B P and A' = R A: C' = R C R^T, F' = P^T F P, slope' = P^T slope R^T.
+
+        Exact; but the slope is that of before, where B' M' A' with M' = I is another update than before.
+        """
         wide_P, wide_R = P.to(self.F.device, torch.float64), R.to(self.C.device, torch.float64)
         C, F = wide_R @ self.C.double() @ wide_R.mT, wide_P.mT @ self.F.double() @ wide_P
-        return Moments(C.to(self.C), F.to(self.F), self.rows)
+        slope = None if self.slope is None else (wide_P.mT @ self.slope.double() @ wide_R.mT).to(self.slope)
+        return Moments(C.to(self.C), F.to(self.F), self.rows, slope)
+
+    def to(self, device: torch.device) -> Moments:
+        """The same on another device."""
+        slope = None if self.slope is None else self.slope.to(device)
+        return Moments(self.C.to(device), self.F.to(device), self.rows, slope)
 
 
 def weighted_truncation(
@@ -141,7 +154,8 @@ class Truncation:
     Args:
         P, R: (*batch, r, k) and (*batch, k, r), float64.
         lost: squared Frobenius norm of what is cut off, summed over the batch.
-        loss_increase: predicted increase of the loss, summed over the batch.
+        loss_increase: predicted change of the loss, summed over the batch: `predicted_increase`, and with a slope K
+            what the loss does in a straight line, sum K * (P R - I). That part can be negative, where a cut helps.
     """
 
     P: Float[Tensor, "*batch r k"]
@@ -165,7 +179,10 @@ def truncation(update: LowRank, moments: Moments, rank: int) -> Truncation:
     P, R, _ = weighted_truncation(moments, G, H, rank)
     rest = torch.eye(update.rank, dtype=P.dtype, device=P.device) - P @ R
     lost = update.scale**2 * float((rest.mT @ G @ rest * H.mT).sum().clamp_min(0))
-    return Truncation(P, R, lost, float(predicted_increase(moments, update.scale, P, R).sum()))
+    increase = float(predicted_increase(moments, update.scale, P, R).sum())
+    if moments.slope is not None:
+        increase -= float((moments.slope.to(rest) * rest).sum())
+    return Truncation(P, R, lost, increase)
 
 
 def predicted_increase(

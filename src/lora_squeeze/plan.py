@@ -189,8 +189,8 @@ def make_plan(
 
     Notes:
         Reads every factor once, twice with moments, and the file once more for its digest. The predicted errors are
-        those of truncation, exact in the Frobenius norm; rounding to 16 bits comes on top. What a predicted increase of
-        the loss is worth, `lora_squeeze.moments.predicted_increase` says: it orders cuts and is often far too small.
+        those of truncation, exact in the Frobenius norm; rounding to 16 bits comes on top. The predicted increase of
+        the loss (`lora_squeeze.moments.Truncation`) is good for small cuts and falls short for large ones.
 
     Example:
         >>> plan = make_plan(lora_squeeze.load("my-adapter"), size="10MB")  # doctest: +SKIP

@@ -266,7 +266,7 @@ class Squeezed:
         if module.rank >= update.rank:
             whole = update.to(exact).with_scale(module.scale)
         elif moments is not None and update.scale:
-            cut = truncation(update, _on(moments, update.device), rank)
+            cut = truncation(update, moments.to(update.device), rank)
             whole = data_aware.apply(update, cut, module.scale).to(exact)
             measurement = replace(measurement, cut=math.sqrt(cut.lost), loss_increase=cut.loss_increase)
         else:
@@ -335,10 +335,6 @@ def _finite(tensor: Tensor) -> bool:
     """Whether there is no NaN or infinity; the extremes are found many times faster than by isfinite().all()."""
     low, high = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
     return bool(low.isfinite() & high.isfinite())
-
-
-def _on(moments: Moments, device: torch.device) -> Moments:
-    return Moments(moments.C.to(device), moments.F.to(device), moments.rows)
 
 
 def _rounding(exact: LowRank, stored: LowRank) -> float | None:

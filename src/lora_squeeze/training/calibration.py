@@ -23,6 +23,7 @@ from lora_squeeze.data_aware import base_name
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats import peft
 from lora_squeeze.runtime import choose_device, choose_precision
+from lora_squeeze.training.ask import calibrate
 from lora_squeeze.training.dataset import Data, load_data
 from lora_squeeze.training.libraries import (
     check_packages,
@@ -36,7 +37,6 @@ from lora_squeeze.training.libraries import (
 )
 from lora_squeeze.training.live import LiveModule, live_modules
 from lora_squeeze.training.squeezer import evaluating
-from lora_squeeze.training.statistics import calibrate
 
 EXAMPLES = 64
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -305,95 +305,3 @@ def _embedding_hook(statistics: Statistics, module: LiveModule) -> Callable[...,
         output.register_hook(lambda grad: statistics._add(module.path, h, grad.detach().to(B) @ B))
 
     return forward
-
-
-def calibrate(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    adapter: str | None = None,
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
-) -> dict[str, Moments]:
-    """The moments of a trained adapter, from a few batches of examples such as it was trained on.
-
-    Every batch is one forward and one backward pass in eval mode; batches count alike. Nothing of the model changes,
-    and the global random generator is not used.
-
-    Args:
-        model: a PEFT model; its adapter must be active and may be frozen.
-        batches: what the loss takes; by default dicts of tensors, labels among them, which are moved to the model's
-            device. Eval mode turns off the gradient checkpointing of transformers, so keep batches small.
-        adapter: name of the adapter; default the active one.
-        loss: loss(model, batch) -> mean loss of the rows of a batch; default model(**batch).loss.
-
-    Returns:
-        Name of the layer -> Moments, as `Statistics.moments`: layers without rows of their own are missing.
-
-    Raises:
-        LoraSqueezeError: no batch, no loss, an adapter that is not active or cannot be squeezed.
-    """
-    name = _active(model, adapter)
-    measure = loss or _own_loss
-    count = 0
-    with ExitStack() as restored:
-        restored.enter_context(_frozen(model, live_modules(model, name)))
-        statistics = Statistics(model, name, decay=1.0)
-        restored.callback(statistics.close)
-        for count, batch in enumerate(batches, 1):  # noqa: B007 (asked for after the loop)
-            value = measure(model, batch)
-            if not (isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad):
-                raise LoraSqueezeError("the loss must be one number with a gradient; is the adapter part of the model?")
-            value.backward()
-            statistics.step()
-            model.zero_grad(set_to_none=True)
-    if not count:
-        raise LoraSqueezeError("there is no batch to calibrate with; give at least one")
-    return statistics.moments()
-
-
-def _active(model: nn.Module, adapter: str | None) -> str:
-    """The adapter meant: active in some layer, and the only one unless it is named."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and not layer.disable_adapters]
-    active: dict[str, None] = dict.fromkeys(name for layer in layers for name in layer.active_adapters)
-    if adapter is None and len(active) == 1:
-        return next(iter(active))
-    if adapter is None or adapter not in active:
-        asked = "the adapter to calibrate" if adapter is None else f"adapter {adapter!r}"
-        names = ", ".join(map(repr, active)) or "none"
-        raise LoraSqueezeError(f"{asked} must be active; active: {names}. Call set_adapter(), or name one")
-    return adapter
-
-
-def _own_loss(model: nn.Module, batch: Any) -> Tensor:
-    if not isinstance(batch, Mapping):
-        raise LoraSqueezeError(f"a batch must be a dict of tensors, got {type(batch).__name__}; or give loss=")
-    device = next(model.parameters()).device
-    moved = {key: item.to(device) if isinstance(item, Tensor) else item for key, item in batch.items()}
-    found = getattr(model(**moved), "loss", None)
-    if not isinstance(found, Tensor):
-        raise LoraSqueezeError("the model returned no loss; put labels into the batches, or give loss=")
-    return found
-
-
-@contextmanager
-def _frozen(model: nn.Module, modules: Iterable[LiveModule]) -> Iterator[None]:
-    """Eval mode, gradients for the factors A alone; afterwards all modes, flags and gradients as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        for parameter, _, _ in flags:
-            parameter.grad = None
-            parameter.requires_grad_(False)
-        for lora in modules:
-            lora.A.requires_grad_(True)
-        with torch.enable_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, trained, grad in flags:
-            parameter.requires_grad_(trained)
-            parameter.grad = grad
