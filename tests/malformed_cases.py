@@ -280,7 +280,7 @@ with_text("config_is_not_json", CONFIG, "{'r': 8}", CONFIG, "not valid JSON", "r
 with_text("config_is_latin_1", CONFIG, b'{"r": "\xe4"}', CONFIG, "not valid JSON")
 with_text("config_is_a_list", CONFIG, "[1, 2]", CONFIG, "expected an object, found list")
 with_text("config_is_deep", CONFIG, "[" * 100_000, CONFIG, "not valid JSON")
-with_text("config_of_mlx", CONFIG, '{"fine_tune_type": "lora"}', CONFIG, "mlx-lm adapter")
+with_text("config_of_mlx", CONFIG, '{"fine_tune_type": "lora"}', CONFIG, "lora_parameters must be an object")
 with_text("config_is_empty", CONFIG, "{}", CONFIG, "peft_type is None", "only LORA")
 with_config("loha", {"peft_type": "LOHA"}, "peft_type is 'LOHA'", "save_as_lora")
 with_config("rank_is_0", {"r": 0}, "r must be a whole number from 1, found 0")

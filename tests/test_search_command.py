@@ -3,6 +3,8 @@
 import math
 import re
 import shlex
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -120,3 +122,28 @@ def test_a_command_that_cannot_be_meant_is_refused(tmp_path: Path, command: str,
 def test_a_command_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(LoraSqueezeError, match=r"the command 'no-such-program' cannot be run: .*No such file"):
         CommandMetric("no-such-program {adapter}", tmp_path / "logs")(tmp_path, 1)
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_DFL], ids=["interrupt", "none of Python's"])
+def test_an_interruption_while_the_command_starts_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handler: Any
+) -> None:
+    """The signal comes after the process is there and before anybody knows its number."""
+    started: list[subprocess.Popen[bytes]] = []
+    real, before = subprocess.Popen, signal.signal(signal.SIGTERM, handler)
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        started.append(real(*args, **options))
+        signal.raise_signal(signal.SIGINT)
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    metric = CommandMetric(f"{shlex.quote(sys.executable)} -S -c 'import time; time.sleep(60)' {{adapter}}", tmp_path)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            metric(tmp_path, 8)
+        assert started[0].returncode == -signal.SIGKILL
+        assert signal.getsignal(signal.SIGTERM) is handler, "put back"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
-"""Find an adapter: a local folder, a weights file in one, or a repository on the Hugging Face Hub."""
+"""Find an adapter, a local folder or file or a repository on the Hugging Face Hub, and read it in its format."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.formats import peft
+from lora_squeeze.formats import gguf_lora, mlx, peft
 
-_WANTED = (peft.CONFIG_NAME, peft.WEIGHTS_NAME, peft.PICKLE_NAME, *peft.COMPANIONS, "README.md")
+_FILES = (peft.CONFIG_NAME, peft.WEIGHTS_NAME, peft.PICKLE_NAME, mlx.WEIGHTS_NAME)
+_WANTED = (*_FILES, *peft.COMPANIONS, "README.md")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
@@ -26,8 +27,8 @@ def load(
     """Open an adapter. Reads its configuration and the header of its weights; tensors are read when they are needed.
 
     Args:
-        adapter: a folder with adapter_config.json, a weights file in such a folder, or a hub id such as "user/adapter".
-            What exists on disk is never looked up on the hub.
+        adapter: a folder with adapter_config.json, of PEFT or of mlx-lm, a weights file in such a folder, a GGUF
+            adapter of llama.cpp, or a hub id such as "user/adapter". What exists on disk is never looked up on the hub.
         subfolder: folder inside it, for adapters saved under a name.
         revision: branch, tag or commit on the hub.
         token: access token for the hub; default the one stored by `hf auth login`.
@@ -42,7 +43,10 @@ def load(
     Example:
         >>> lora_squeeze.load("my-adapter").squeeze(rank=8).save("my-adapter-r8")  # doctest: +SKIP
     """
-    return peft.load(locate(adapter, subfolder=subfolder, revision=revision, token=token, cache_dir=cache_dir))
+    path = locate(adapter, subfolder=subfolder, revision=revision, token=token, cache_dir=cache_dir)
+    if path.is_file():
+        return gguf_lora.load(path)
+    return mlx.load(path) if mlx.matches(path) else peft.load(path)
 
 
 def locate(
@@ -53,18 +57,21 @@ def locate(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """The local folder of an adapter, fetched if it is on the hub. Arguments and errors as for `load`."""
+    """The folder of an adapter, or its GGUF file, fetched if it is on the hub. Arguments and errors as for `load`."""
     path = Path(adapter).expanduser()
     if not path.exists():
         if not HUB_ID.fullmatch(str(adapter)) or path.is_symlink():
             raise LoraSqueezeError(f"{adapter}: no such folder, and not the form of a hub id (user/name)")
         prefix = f"{subfolder.strip('/')}/" if subfolder else ""
         path = download(str(adapter), [prefix + name for name in _WANTED], revision, token, cache_dir)
-    elif path.name in (peft.WEIGHTS_NAME, peft.PICKLE_NAME, peft.CONFIG_NAME):
+    elif path.name in _FILES:
         path = path.parent
+    elif gguf_lora.matches(path) and not subfolder:
+        return path
     elif not path.is_dir():
         raise LoraSqueezeError(
-            f"{path}: expected the folder of a PEFT adapter, with {peft.CONFIG_NAME} and {peft.WEIGHTS_NAME}"
+            f"{path}: expected the folder of a PEFT adapter, with {peft.CONFIG_NAME} and {peft.WEIGHTS_NAME}, the "
+            "folder of an mlx-lm adapter, or a GGUF file"
         )
     if subfolder:
         path = path / subfolder

@@ -8,7 +8,9 @@ import re
 import shlex
 import signal
 import subprocess
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,16 +88,19 @@ class CommandMetric:
 
     def _run(self, words: list[str], out: Path, err: Path) -> int | None:
         """The exit code; None after the timeout. Ends with everything that the command has started."""
+        process = None
         with out.open("wb") as stdout, err.open("wb") as stderr:
-            process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
-            )
             try:
+                with _signals_held():
+                    process = subprocess.Popen(
+                        words, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+                    )
                 return process.wait(self.timeout)
             except subprocess.TimeoutExpired:
                 return None
             finally:
-                if process.returncode is None:  # also after Ctrl-C, which a group of its own does not see
+                # Also after Ctrl-C, which a group of its own does not see.
+                if process is not None and process.returncode is None:
                     with suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
@@ -108,6 +113,26 @@ class CommandMetric:
         if not found:
             raise LoraSqueezeError("the command printed no number on its standard output")
         return float(found[-1])
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the end of the block: a process that is being started would be left behind."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
+        yield
+        return
+    held: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: held.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for one in held[:1]:
+            signal.raise_signal(one)
 
 
 def _json_number(line: str, key: str) -> float:

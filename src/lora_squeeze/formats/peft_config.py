@@ -91,7 +91,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise LoraSqueezeError(f"{path}: expected an object, found {type(config).__name__}")
     if "fine_tune_type" in config and "peft_type" not in config:
-        raise LoraSqueezeError(f"{path}: this is an mlx-lm adapter, not a PEFT one; mlx-lm adapters are not read yet")
+        raise LoraSqueezeError(f"{path}: this is the configuration of an mlx-lm adapter, not of a PEFT one")
     try:
         check_kind(config)
         _check_numbers(config)

@@ -1,0 +1,76 @@
+"""Write one file, all or nothing: under a hidden name beside the target, then moved into its place."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.formats.folder import _alive, _explained, _hidden, _make_parents, _sigterm_raises, _sync
+from lora_squeeze.formats.safetensors_header import quoted
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Refuse a file that `replace_file` would refuse at its start.
+
+    Raises:
+        LoraSqueezeError: it is a folder, or it exists and `force` is not given.
+    """
+    if target.is_dir():
+        raise LoraSqueezeError(f"{quoted(target)} is a folder; name the file to be written in it")
+    if os.path.lexists(target) and not force:
+        raise LoraSqueezeError(
+            f"{quoted(target)} exists already and nothing was written; choose another name, or replace it with --force "
+            "(force=True)"
+        )
+
+
+@contextmanager
+def replace_file(target: Path, *, force: bool) -> Iterator[Path]:
+    """Give a name to write a new file under, which takes the place of `target` when the block ends.
+
+    After an exception in the block, Ctrl-C or SIGTERM, nothing has changed and nothing is left behind; after SIGKILL
+    the target is wholly old or wholly new, and the next call for it removes what was left.
+
+    Args:
+        target: the file to make; missing parents are made too. A symlink is followed.
+        force: replace an existing file.
+
+    Raises:
+        LoraSqueezeError: as `check_target`; or the system refuses a step, with its reason.
+    """
+    real = target.resolve()
+    draft = _hidden(real)
+    made: list[Path] = []
+    with _sigterm_raises():
+        try:
+            with _explained(real):
+                check_target(target, force=force)
+                _clear_stale(real)
+                _make_parents(real.parent, made)
+            with _explained(real, only_below=draft):
+                yield draft
+            with _explained(real):
+                check_target(target, force=force)  # it may have come since the first look
+                _sync(draft)
+                os.replace(draft, real)
+                _sync(real.parent)
+        finally:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                draft.unlink()
+            for parent in reversed(made):
+                with suppress(OSError):  # not empty: the file is in place, or another writer uses it
+                    os.rmdir(parent)
+
+
+def _clear_stale(target: Path) -> None:
+    """Remove what writers of this target left behind when they were killed."""
+    pattern = re.compile(re.escape(f".{target.name}.") + r"(\d{1,18})-[0-9a-f]{8}\.lora-squeeze")
+    with suppress(OSError):  # no parent yet, or no right to list it: then there is nothing to see, or it shows later
+        for name in os.listdir(target.parent):
+            match = pattern.fullmatch(name)
+            if match and int(match[1]) != os.getpid() and not _alive(int(match[1])):
+                target.with_name(name).unlink()
