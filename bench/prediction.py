@@ -126,6 +126,7 @@ def _prediction(
     for rank in ALONE:
         pairs = zip(_alone(adapter, rank, moments), _alone(adapter, rank, bent), strict=True)
         for (name, small), (_, curved) in pairs:
+            small.update(name)  # what is lost is known once it is cut
             told(small, curved, rank=rank, module=name, lost=_squeezed(small).measured[name].discarded(rank) ** 2)
 
 

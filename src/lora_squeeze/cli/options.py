@@ -20,7 +20,9 @@ def option(name: str, *flags: str, module: str = "post_squeeze", function: str =
     return typer.Option(*flags, help=option_help(module, function)[name], show_default=False)
 
 
-AdapterArgument = Annotated[str, typer.Argument(help="Folder of a PEFT or mlx-lm adapter, a GGUF file, or a hub id such as user/adapter.")]
+AdapterArgument = Annotated[
+    str, typer.Argument(help="Folder of a PEFT or mlx-lm adapter, a GGUF file, or a hub id such as user/adapter.")
+]
 Subfolder = Annotated[str | None, option("subfolder", module="hub", function="load")]
 Revision = Annotated[str | None, option("revision", module="hub", function="load")]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
