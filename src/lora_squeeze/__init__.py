@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_squeeze.adapter import Adapter as Adapter
     from lora_squeeze.adaptive import Adaptive as Adaptive
+    from lora_squeeze.combine import merge as merge
+    from lora_squeeze.combine import rank_up as rank_up
+    from lora_squeeze.combine import subtract as subtract
     from lora_squeeze.errors import LoraSqueezeError as LoraSqueezeError
     from lora_squeeze.hub import load as load
     from lora_squeeze.lowrank import LowRank as LowRank
@@ -28,6 +31,9 @@ _HOME = {
     "load": "hub",
     "inspect": "report",
     "squeeze": "post_squeeze",
+    "merge": "combine",
+    "subtract": "combine",
+    "rank_up": "combine",
     "Adapter": "adapter",
     "LowRank": "lowrank",
     "Report": "report",

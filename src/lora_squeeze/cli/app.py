@@ -14,6 +14,7 @@ import typer
 from lora_squeeze.cli.calibrate import Base, Calibrate, asked_of, loss_line
 from lora_squeeze.cli.calibrate import calibrate as calibrate_command
 from lora_squeeze.cli.fleet import fleet as fleet_command
+from lora_squeeze.cli.merge import merge, rank_up, subtract
 from lora_squeeze.cli.options import AdapterArgument, Each, Json, Revision, Subfolder, rank_list
 from lora_squeeze.cli.options import load_adapter as _load
 from lora_squeeze.cli.options import option as _option
@@ -222,6 +223,9 @@ def demo(
 app.command()(train)
 app.command("plan")(plan_command)
 app.command("calibrate")(calibrate_command)
+app.command()(merge)
+app.command()(subtract)
+app.command("rank-up")(rank_up)
 app.command("search")(search_command)
 app.command("fleet")(fleet_command)
 
