@@ -53,19 +53,19 @@ def replace_folder(target: str | os.PathLike[str], *, force: bool, owned: Collec
         leaves no target, and the next call puts the old one back first.
     """
     real = _resolved(Path(target))
-    staging = _hidden(real)
+    staging = hidden_name(real)
     _ACTIVE.add(staging.name)
     made: list[Path] = []
-    with _sigterm_raises():
+    with sigterm_raises():
         try:
-            with _explained(real):
+            with explained(real):
                 _clear_stale(real, owned)
                 _check_target(real, force)
-                _make_parents(real.parent, made)
+                make_parents(real.parent, made)
                 os.mkdir(staging)
-            with _explained(real, only_below=staging):
+            with explained(real, only_below=staging):
                 yield staging
-            with _explained(real):
+            with explained(real):
                 _sync_files(staging)
                 _take_place(staging, real, force, owned)
         finally:
@@ -80,7 +80,7 @@ def replace_folder(target: str | os.PathLike[str], *, force: bool, owned: Collec
 def check_target(target: str | os.PathLike[str], *, force: bool) -> None:
     """Refuse what `replace_folder` would refuse at its start."""
     real = _resolved(Path(target))
-    with _explained(real):
+    with explained(real):
         _check_target(real, force)
 
 
@@ -119,7 +119,7 @@ def _exists(target: Path) -> LoraSqueezeError:
 
 
 @contextmanager
-def _explained(target: Path, only_below: Path | None = None) -> Iterator[None]:
+def explained(target: Path, only_below: Path | None = None) -> Iterator[None]:
     """Turn a refusal by the system into our error; in the caller's block only one that concerns the output."""
     try:
         yield
@@ -133,7 +133,7 @@ def _explained(target: Path, only_below: Path | None = None) -> Iterator[None]:
         ) from error
 
 
-def _make_parents(folder: Path, made: list[Path]) -> None:
+def make_parents(folder: Path, made: list[Path]) -> None:
     """mkdir -p; ``made`` receives what was missing, outermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
@@ -159,7 +159,7 @@ def _take_place(staging: Path, target: Path, force: bool, owned: Collection[str]
         with suppress(FileNotFoundError):
             _carry(staging, target, owned)  # foreign files that came between the first carrying and the exchange
     with suppress(OSError):  # the new folder is in place; some file systems cannot sync folders
-        _sync(target.parent)
+        sync(target.parent)
 
 
 def _try_place(staging: Path, target: Path, force: bool, owned: Collection[str]) -> bool:
@@ -210,14 +210,14 @@ def _carry_file(source: Path, copy: Path) -> None:
         if not source.is_file():
             raise
         shutil.copy2(source, copy)
-        _sync(copy)
+        sync(copy)
 
 
 def _exchange(staging: Path, target: Path, owned: Collection[str]) -> None:
     """Swap two folders: in one step where the system can, else by renames that can be undone."""
     if _exchanged(staging, target):
         return
-    aside = target.with_name(f"{_hidden(target).name}-old")
+    aside = target.with_name(f"{hidden_name(target).name}-old")
     _ACTIVE.add(aside.name)
     try:
         try:
@@ -262,7 +262,7 @@ def _restore(aside: Path, target: Path, owned: Collection[str]) -> None:
         ) from error
 
 
-def _hidden(target: Path) -> Path:
+def hidden_name(target: Path) -> Path:
     """A fresh hidden name beside the target that tells which process it belongs to."""
     return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.lora-squeeze")
 
@@ -277,12 +277,12 @@ def _clear_stale(target: Path, owned: Collection[str]) -> None:
     for name in names:
         stale = target.with_name(name)
         match = pattern.fullmatch(name)
-        if match is None or name in _ACTIVE or _alive(int(match[1])) or stale.is_symlink() or not stale.is_dir():
+        if match is None or name in _ACTIVE or is_alive(int(match[1])) or stale.is_symlink() or not stale.is_dir():
             continue
         if match[2]:
             _restore(stale, target, owned)
             continue
-        mine = _hidden(target)
+        mine = hidden_name(target)
         _ACTIVE.add(mine.name)
         with suppress(OSError):  # another user's in a shared folder, or another writer was faster
             # Its writer may live after all, on another machine: then it must fail at its last step, not move in a
@@ -292,7 +292,7 @@ def _clear_stale(target: Path, owned: Collection[str]) -> None:
         _ACTIVE.discard(mine.name)
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     if pid == os.getpid():  # not in _ACTIVE: left by an earlier process of this number, as after a container restart
         return False
     try:
@@ -316,7 +316,7 @@ def _remove(folder: Path) -> None:
             warnings.warn(f"{quoted(folder)} could not be removed: {error.strerror}; remove it by hand", stacklevel=2)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -331,16 +331,16 @@ def _sync_files(folder: Path) -> None:
     for root, _, files in os.walk(folder):
         for name in files:
             if stat.S_ISREG(os.lstat(path := Path(root, name)).st_mode):
-                _sync(path)
+                sync(path)
 
 
 def _sync_folders(folder: Path) -> None:
     for root, _, _ in os.walk(folder):
-        _sync(Path(root))
+        sync(Path(root))
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
+def sigterm_raises() -> Iterator[None]:
     """Let SIGTERM raise SystemExit so that clean-up runs; a handler that somebody has set is left alone."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.safetensors_header import check_name, damaged, not_safetensors, quoted
-from lora_squeeze.formats.safetensors_io import PIECE_BYTES, _bytes_of, _open_regular
+from lora_squeeze.formats.safetensors_io import PIECE_BYTES, bytes_of, open_regular
 
 MAGIC = b"GGUF"
 ALIGNMENT_KEY = "general.alignment"
@@ -121,7 +121,7 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd, size = _open_regular(path)
+        self._fd, size = open_regular(path)
         weakref.finalize(self, os.close, self._fd)
         try:
             with open(self._fd, "rb", closefd=False) as file:
@@ -157,7 +157,7 @@ class GgufFile:
 
     def _read(self, name: str, begin: int, nbytes: int) -> Tensor:
         buffer = torch.empty(nbytes, dtype=torch.uint8)
-        view, done = _bytes_of(buffer), 0
+        view, done = bytes_of(buffer), 0
         try:
             while done < nbytes and (got := os.preadv(self._fd, [view[done:]], begin + done)):
                 done += got
@@ -346,6 +346,6 @@ def write_gguf(
                 piece = next(pieces, None)
                 if piece is None or piece.dtype != dtype or done + piece.nbytes > size or not piece.nbytes:
                     raise LoraSqueezeError(f"{quoted(path)}: tensor {quoted(name)}: {done} of {size} bytes came")
-                file.write(_bytes_of(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8)))
+                file.write(bytes_of(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8)))
                 done += piece.nbytes
             file.write(bytes(padded(size, alignment) - size))

@@ -22,8 +22,8 @@ from torch import Tensor
 from lora_squeeze.adapter import Adapter, Extra, Module, Progress
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.gguf_file import MAGIC, Entry, Field, GgufFile, alignment_of, header_bytes, write_gguf
-from lora_squeeze.formats.peft import HISTORY_KEY, _history, _metadata, _reserve
-from lora_squeeze.formats.peft_keys import _common
+from lora_squeeze.formats.history import HISTORY_KEY, header_strings, read_history, reserve_bytes
+from lora_squeeze.formats.peft_keys import common_dtype
 from lora_squeeze.formats.safetensors_header import quoted
 from lora_squeeze.formats.safetensors_io import read_regular
 from lora_squeeze.formats.single_file import check_target, replace_file
@@ -59,7 +59,7 @@ class GgufSource:
     def _update(self, module: Module) -> LowRank:
         a, b = self.file.read(module.layout.a_key), self.file.read(module.layout.b_key)
         if a.dtype != b.dtype:  # a factor in q8_0 is read as float32, whatever it will be written as
-            a, b = a.to(exact := _common(a.dtype, b.dtype)), b.to(exact)
+            a, b = a.to(exact := common_dtype(a.dtype, b.dtype)), b.to(exact)
         if module.kind == "experts":
             return LowRank(
                 b.reshape(module.copies, module.out_features, module.rank),
@@ -109,7 +109,7 @@ def load(path: Path) -> Adapter:
         format=GgufFormat(home=path.resolve()),
         config=file.fields,
         default_scale=alpha / top if alpha else 1.0,
-        history=_history({HISTORY_KEY: str(steps)}),
+        history=read_history({HISTORY_KEY: str(steps)}),
         notes=tuple(notes),
     )
 
@@ -190,7 +190,7 @@ def _module(stem: str, keys: Mapping[str, str], tensors: Mapping[str, Entry], al
     a, b = ((1,) * (dims - len(entry.shape)) + entry.shape for entry in entries)
     # Eight bits and a float16 scale per block: float16 is the next larger kind that is written.
     a_dtype, b_dtype = (entry.encoding.dtype or torch.float16 for entry in entries)
-    dtype = a_dtype if a_dtype == b_dtype else _common(a_dtype, b_dtype)
+    dtype = a_dtype if a_dtype == b_dtype else common_dtype(a_dtype, b_dtype)
     rank = b[-1]
     scale = alpha / rank if alpha and rank else 1.0
     name = stem.removesuffix(".weight")
@@ -227,7 +227,7 @@ class GgufFormat:
     def save(self, adapter: Adapter, path: Path, *, force: bool, progress: Progress | None) -> None:
         """Write fields and tensors; one batch of modules is in memory at a time."""
         self.check_target(path, force=force)
-        steps = _metadata(adapter, adapter.source.digest())[HISTORY_KEY]
+        steps = header_strings(adapter, adapter.source.digest())[HISTORY_KEY]
         fields = {**_fields(adapter), STEPS_KEY: Field.text(steps)}
         with replace_file(path, force=force) as draft:
             write_gguf(draft, fields, _entries(adapter), _data(adapter, progress))
@@ -237,7 +237,7 @@ class GgufFormat:
         entries = {name: (torch.float32, shape) for name, (_, shape) in _entries(adapter).items()}
         fields = {**_fields(adapter), STEPS_KEY: Field.text("")}
         padding = (len(entries) + 1) * alignment_of(fields)
-        return len(header_bytes(fields, entries)) + _reserve(adapter) + padding
+        return len(header_bytes(fields, entries)) + reserve_bytes(adapter) + padding
 
 
 def write_alpha(adapter: Adapter) -> float:

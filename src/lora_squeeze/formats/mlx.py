@@ -23,10 +23,10 @@ from torch.nn.functional import pad
 from lora_squeeze.adapter import Adapter, Extra, Kind, Module, Progress
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.folder import check_target, replace_folder
+from lora_squeeze.formats.history import header_strings, read_history, reserve_bytes
 from lora_squeeze.formats.model_card import CARD_NAME, model_card
-from lora_squeeze.formats.peft import _history, _metadata, _reserve
-from lora_squeeze.formats.peft_config import CONFIG_NAME, _is_number
-from lora_squeeze.formats.peft_keys import Shapes, _common
+from lora_squeeze.formats.peft_config import CONFIG_NAME, is_number
+from lora_squeeze.formats.peft_keys import Shapes, common_dtype
 from lora_squeeze.formats.safetensors_header import header_json, layout, quoted
 from lora_squeeze.formats.safetensors_io import TensorFile, TensorFileWriter, read_regular
 from lora_squeeze.lowrank import LowRank
@@ -120,7 +120,7 @@ def load(path: Path) -> Adapter:
         config=config,
         default_scale=float(parameters["scale"]),
         metadata=dict(file.metadata),
-        history=_history(file.metadata),
+        history=read_history(file.metadata),
         companions=tuple(card for card in (folder / CARD_NAME,) if card.is_file()),
         notes=tuple(notes),
     )
@@ -162,7 +162,7 @@ def _check_config(config: Any) -> None:
     rank, scale, alpha = parameters.get("rank"), parameters.get("scale"), parameters.get("alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise LoraSqueezeError(f"lora_parameters: rank must be a whole number from 1, found {rank!r:.80}")
-    if not _is_number(scale):
+    if not is_number(scale):
         raise LoraSqueezeError(f"lora_parameters: scale must be a finite number, found {scale!r:.80}")
     if alpha is not None and alpha != rank:
         raise LoraSqueezeError(
@@ -213,7 +213,7 @@ def _module(path: str, keys: dict[str, str], shapes: Shapes, rank: int, scale: f
         if 0 in shape:
             raise LoraSqueezeError(f"{quoted(key)} has shape {list(shape)}: it is empty; save the adapter again")
     found = f"factors of {quoted(path)}: {quoted(keys['a'])} is {list(a)}, {quoted(keys['b'])} is {list(b)}"
-    dtype = a_dtype if a_dtype == b_dtype else _common(a_dtype, b_dtype)
+    dtype = a_dtype if a_dtype == b_dtype else common_dtype(a_dtype, b_dtype)
     module = Module(path, 1, scale, dtype, 1, 1, group=GROUP, floor=1, layout=Layout(keys["a"], keys["b"]))
     if len(a) == len(b) == 3:
         if a[0] != b[0] or a[1] != b[2]:
@@ -287,14 +287,14 @@ class MlxFormat:
             for module in adapter.modules.values()
         )
         # Lower ranks have no more digits; a dtype may be spelled with one letter more; the data begins at eight bytes.
-        return 8 + len(header_json(layout(entries), {})) + len(entries) + _reserve(adapter) + 8 + padding
+        return 8 + len(header_json(layout(entries), {})) + len(entries) + reserve_bytes(adapter) + 8 + padding
 
 
 def _write_weights(adapter: Adapter, path: Path, progress: Progress | None) -> None:
     """Stream the tensors, all with one rank and one scale; the digest of the source is taken meanwhile."""
     scale = _scale(adapter)
     done, total = 0, adapter.lora_bytes + adapter.extra_bytes
-    with ThreadPoolExecutor(1) as pool, TensorFileWriter(path, _entries(adapter), _reserve(adapter)) as writer:
+    with ThreadPoolExecutor(1) as pool, TensorFileWriter(path, _entries(adapter), reserve_bytes(adapter)) as writer:
         digest = pool.submit(adapter.source.digest)
         for batch in adapter.batches():
             for module, update in zip(batch, adapter.source.updates(batch), strict=True):
@@ -308,7 +308,7 @@ def _write_weights(adapter: Adapter, path: Path, progress: Progress | None) -> N
             done += extra.size_bytes
             if progress:
                 progress(done, total)
-        writer.close(_metadata(adapter, digest.result()))
+        writer.close(header_strings(adapter, digest.result()))
 
 
 def _entries(adapter: Adapter) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from lora_squeeze.adapter import Adapter, Module, Progress
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.folder import check_target, replace_folder
+from lora_squeeze.formats.history import header_strings, read_history, reserve_bytes
 from lora_squeeze.formats.model_card import CARD_NAME, model_card
 from lora_squeeze.formats.peft_config import CONFIG_NAME as CONFIG_NAME
 from lora_squeeze.formats.peft_config import read_config, squeezed_config
@@ -39,8 +39,6 @@ COMPANIONS = (
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
     "processor_config.json",
 )  # fmt: skip
-HISTORY_KEY = "lora_squeeze"
-_HISTORY_BYTES = 2048  # room in the header for one more step of history
 
 
 @runtime_checkable
@@ -178,7 +176,7 @@ def load(folder: Path) -> Adapter:
         config=config,
         default_scale=_default_scale(config, top),
         metadata=dict(file.metadata),
-        history=_history(file.metadata),
+        history=read_history(file.metadata),
         companions=tuple(folder / name for name in (CARD_NAME, *COMPANIONS) if (folder / name).is_file()),
         notes=tuple(notes),
     )
@@ -187,14 +185,6 @@ def load(folder: Path) -> Adapter:
 def _default_scale(config: Mapping[str, Any], rank: int) -> float:
     alpha = config.get("lora_alpha", 8)
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
-
-
-def _history(metadata: Mapping[str, str]) -> tuple[Mapping[str, Any], ...]:
-    try:
-        steps = json.loads(metadata.get(HISTORY_KEY, "[]"))
-    except (ValueError, RecursionError):
-        return ()
-    return tuple(step for step in steps if isinstance(step, dict)) if isinstance(steps, list) else ()
 
 
 @dataclass(frozen=True)
@@ -227,14 +217,14 @@ class PeftFormat:
         """Header and metadata: an upper bound of what the weights file holds beside its tensors."""
         entries = _entries(adapter)
         # Lower ranks have no more digits; a dtype may be spelled with one letter more; the data begins at eight bytes.
-        return 8 + len(header_json(layout(entries), {})) + len(entries) + _reserve(adapter) + 8
+        return 8 + len(header_json(layout(entries), {})) + len(entries) + reserve_bytes(adapter) + 8
 
 
 def _write_weights(adapter: Adapter, path: Path, progress: Progress | None) -> None:
     """Stream the tensors, all with the one scale of the configuration; the digest of the source is taken meanwhile."""
     scale = _scale(adapter)
     done, total = 0, adapter.lora_bytes + adapter.extra_bytes
-    with ThreadPoolExecutor(1) as pool, TensorFileWriter(path, _entries(adapter), _reserve(adapter)) as writer:
+    with ThreadPoolExecutor(1) as pool, TensorFileWriter(path, _entries(adapter), reserve_bytes(adapter)) as writer:
         digest = pool.submit(adapter.source.digest)
         for batch in adapter.batches():
             for module, update in zip(batch, adapter.source.updates(batch), strict=True):
@@ -253,21 +243,21 @@ def _write_weights(adapter: Adapter, path: Path, progress: Progress | None) -> N
             done += extra.size_bytes
             if progress:
                 progress(done, total)
-        writer.close(_metadata(adapter, digest.result()))
+        writer.close(header_strings(adapter, digest.result()))
 
 
 def _entries(adapter: Adapter) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Key, dtype and shape of every tensor in the new file."""
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for module in adapter.modules.values():
-        for key, shape in zip(module.layout.new_keys(module.kind), _shapes(module), strict=True):
+        for key, shape in zip(module.layout.new_keys(module.kind), factor_shapes(module), strict=True):
             entries[key] = (module.dtype, shape)
     for name, extra in adapter.extras.items():
         entries[_new_key(name, adapter)] = (extra.dtype, extra.shape)
     return entries
 
 
-def _shapes(module: Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def factor_shapes(module: Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of A and B in the file."""
     layout: Layout = module.layout
     rank, copies = module.rank, module.copies
@@ -287,7 +277,7 @@ def _shapes(module: Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _stored(module: Module, update: LowRank) -> tuple[Tensor, Tensor]:
     """A and B as the file packs them."""
-    a_shape, b_shape = _shapes(module)
+    a_shape, b_shape = factor_shapes(module)
     B = update.B.permute(1, 2, 0) if module.kind == "experts" else update.B
     return update.A.reshape(a_shape), B.reshape(b_shape)
 
@@ -315,18 +305,6 @@ def _config(adapter: Adapter) -> dict[str, Any]:
     if adapter.dropped and all(module.kind == "experts" for module in adapter.modules.values()):
         config["target_modules"] = []  # target_parameters alone: PEFT warns of target modules that it does not find
     return config
-
-
-def _metadata(adapter: Adapter, digest: str | None) -> dict[str, str]:
-    """The header's strings: those of the source, and the steps done, the last with the digest of its input file."""
-    *earlier, last = adapter.history or ({"step": "copy"},)
-    last = {**last, "source_sha256": digest, "lora_squeeze": version("lora-squeeze")}
-    return {**adapter.metadata, HISTORY_KEY: json.dumps([*earlier, last], sort_keys=True)}
-
-
-def _reserve(adapter: Adapter) -> int:
-    kept = sum(len(json.dumps([key, value])) for key, value in adapter.metadata.items())
-    return kept + 2 * len(json.dumps(list(adapter.history))) + _HISTORY_BYTES
 
 
 def _write_companions(adapter: Adapter, staging: Path) -> None:

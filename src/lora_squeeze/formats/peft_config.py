@@ -136,16 +136,16 @@ def check_kind(config: Mapping[str, Any]) -> None:
 
 def _check_numbers(config: Mapping[str, Any]) -> None:
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
-    if not _is_number(rank) or rank < 1 or rank != int(rank):
+    if not is_number(rank) or rank < 1 or rank != int(rank):
         raise LoraSqueezeError(f"r must be a whole number from 1, found {rank!r}")
-    if not _is_number(alpha):
+    if not is_number(alpha):
         raise LoraSqueezeError(f"lora_alpha must be a finite number, found {alpha!r}")
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(field) or {}
         if not isinstance(patterns, dict):
             raise LoraSqueezeError(f"{field} must be an object of pattern and number, found {type(patterns).__name__}")
         for pattern, value in patterns.items():
-            if not _is_number(value):
+            if not is_number(value):
                 raise LoraSqueezeError(f"{field}[{pattern!r}] must be a finite number, found {value!r}")
             if field == "rank_pattern" and (value < 1 or value != int(value)):
                 raise LoraSqueezeError(f"{field}[{pattern!r}] must be a whole number from 1, found {value!r}")
@@ -167,7 +167,7 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
             raise LoraSqueezeError(f"{field} must be a list of names, found {value!r:.80}")
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 

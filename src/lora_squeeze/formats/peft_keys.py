@@ -21,7 +21,7 @@ Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 # "<path>.lora_A.weight", "<path>.lora_embedding_A"; old files have the adapter's name before ".weight" or at the end.
 _FACTOR = re.compile(r"^(?P<path>.+)\.(?P<what>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?P<rest>(?:\.[^.]+)*)$")
-_NESTED = ".base_layer"
+NESTED = ".base_layer"
 _UNSQUEEZABLE = {
     "lora_magnitude_vector": "DoRA (its magnitude vector rescales base weight and update together)",
     "lora_diag": "KaSA (a diagonal stands between A and B)",
@@ -31,7 +31,7 @@ _UNSQUEEZABLE = {
     "lokr_": "LoKr",
 }
 # Parameters of one expert module in the order in which models declare them: PEFT nests their wrappers in that order.
-_DECLARED = {"gate_up_proj": 0, "gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
+DECLARED = {"gate_up_proj": 0, "gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
 _TIED_HEADS = {"lm_head", "embed_out", "output_projection"}
 
 
@@ -93,11 +93,11 @@ def parse(shapes: Shapes, config: Mapping[str, Any]) -> tuple[dict[str, Module],
         raise LoraSqueezeError(_no_factors(list(shapes)))
     wrappers = defaultdict(list)
     for path in factors:
-        wrappers[path.replace(_NESTED, "")].append(path)
+        wrappers[path.replace(NESTED, "")].append(path)
     notes: list[str] = []
     modules: dict[str, Module] = {}
     for path, keys in factors.items():
-        module = _module(path, keys, shapes, config, wrappers[path.replace(_NESTED, "")], notes)
+        module = _module(path, keys, shapes, config, wrappers[path.replace(NESTED, "")], notes)
         if module.name in modules:
             raise LoraSqueezeError(f"two modules have the name {quoted(module.name)}")
         modules[module.name] = module
@@ -106,7 +106,7 @@ def parse(shapes: Shapes, config: Mapping[str, Any]) -> tuple[dict[str, Module],
     extras = {key: _extra(key, shapes, config, modules) for key in rest}
     floors = {extra.module for extra in extras.values() if extra.module}
     # Tensors of the layer inside a wrapper ("....base_layer.bias") find no place on loading once the wrapper is gone.
-    inside = {_without_prefix(key).rpartition(f"{_NESTED}.")[0] for key in rest}
+    inside = {_without_prefix(key).rpartition(f"{NESTED}.")[0] for key in rest}
     modules = {
         name: replace(m, floor=max(m.floor, int(name in floors or m.layout.path in inside)))
         for name, m in modules.items()
@@ -151,7 +151,7 @@ def _module(
         if not dtype.is_floating_point:
             raise LoraSqueezeError(f"{quoted(key)} has dtype {dtype}; factors must be floating point")
     layout = Layout(path, a_key, b_key, pattern=re.escape(path))
-    dtype = a_dtype if a_dtype == b_dtype else _common(a_dtype, b_dtype)
+    dtype = a_dtype if a_dtype == b_dtype else common_dtype(a_dtype, b_dtype)
     wrong = LoraSqueezeError(
         f"factors of {quoted(path)} do not fit: {quoted(a_key)} is {list(a)}, {quoted(b_key)} is {list(b)}"
     )
@@ -171,10 +171,10 @@ def _module(
     else:
         module = _conv(layout, dtype, a, b, config, wrong)
     _check_rank(module, config, notes)
-    return _attention_output(module, config) if path.endswith(f"{_NESTED}.out_proj") else module
+    return _attention_output(module, config) if path.endswith(f"{NESTED}.out_proj") else module
 
 
-def _common(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+def common_dtype(one: torch.dtype, other: torch.dtype) -> torch.dtype:
     """A dtype that holds both; torch does not promote those of one byte."""
     return torch.float32 if 1 in (one.itemsize, other.itemsize) else torch.promote_types(one, other)
 
@@ -223,10 +223,10 @@ def _experts(
     Wrappers of several parameters of one module nest, the first declared inside; they share one rank here, so that the
     file never depends on which is which.
     """
-    base = layout.path.replace(_NESTED, "")
-    inner_first = sorted(siblings, key=lambda path: -path.count(_NESTED))
-    by_order = sorted(targets, key=lambda name: (_DECLARED.get(name, 9), name))
-    known = len(targets) == len(inner_first) and (len(targets) == 1 or all(name in _DECLARED for name in targets))
+    base = layout.path.replace(NESTED, "")
+    inner_first = sorted(siblings, key=lambda path: -path.count(NESTED))
+    by_order = sorted(targets, key=lambda name: (DECLARED.get(name, 9), name))
+    known = len(targets) == len(inner_first) and (len(targets) == 1 or all(name in DECLARED for name in targets))
     mine = [by_order[inner_first.index(layout.path)]] if known else targets
     ranks = {pattern_value(config.get("rank_pattern"), f"{base}.{name}", config.get("r", 8)) for name in mine}
     if len(ranks) > 1:
@@ -286,9 +286,9 @@ def _targets(path: str, config: Mapping[str, Any]) -> list[str]:
     A bare name such as "gate_up_proj" could stand in any module. PEFT never adapts a module and a parameter of it, so
     what target_modules lists is a module.
     """
-    if _is_target_module(path.removesuffix(f"{_NESTED}.out_proj"), config):
+    if _is_target_module(path.removesuffix(f"{NESTED}.out_proj"), config):
         return []
-    base = path.replace(_NESTED, "")
+    base = path.replace(NESTED, "")
     found = []
     for target in config.get("target_parameters") or []:
         module, _, name = target.rpartition(".")
@@ -309,7 +309,7 @@ def _is_target_module(path: str, config: Mapping[str, Any]) -> bool:
 
 def _attention_output(module: Module, config: Mapping[str, Any]) -> Module:
     """The output projection inside nn.MultiheadAttention: PEFT gives it the rank and alpha of the attention module."""
-    outer = module.name.removesuffix(f"{_NESTED}.out_proj")
+    outer = module.name.removesuffix(f"{NESTED}.out_proj")
     return replace(
         module,
         name=f"{outer}.out_proj",
@@ -323,7 +323,7 @@ def _attention_output(module: Module, config: Mapping[str, Any]) -> Module:
 def _check_rank(module: Module, config: Mapping[str, Any], notes: list[str]) -> None:
     told = pattern_value(config.get("rank_pattern"), module.name, config.get("r", 8))
     found = module.rank * module.step
-    if told != found and not module.name.endswith(f"{_NESTED}.out_proj"):
+    if told != found and not module.name.endswith(f"{NESTED}.out_proj"):
         notes.append(
             f"{module.name}: the configuration says rank {told:g}, the tensors have {found}; the tensors are used"
         )

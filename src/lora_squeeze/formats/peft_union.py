@@ -16,11 +16,9 @@ from typing import Any
 from lora_squeeze.adapter import Adapter, Extra, Module
 from lora_squeeze.combine_join import Joined, Part
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.formats.peft import _shapes as factor_shapes
+from lora_squeeze.formats.peft import factor_shapes
 from lora_squeeze.formats.peft_config import squeezed_config
-from lora_squeeze.formats.peft_keys import _DECLARED as DECLARED
-from lora_squeeze.formats.peft_keys import _NESTED as NESTED
-from lora_squeeze.formats.peft_keys import PREFIX, Shapes, parse
+from lora_squeeze.formats.peft_keys import DECLARED, NESTED, PREFIX, Shapes, parse
 
 _TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _MUST_AGREE = {

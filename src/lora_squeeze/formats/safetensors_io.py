@@ -59,7 +59,7 @@ class TensorFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._fd, self.size_bytes = _open_regular(self.path)
+        self._fd, self.size_bytes = open_regular(self.path)
         self._closer = weakref.finalize(self, os.close, self._fd)
         try:
             self.entries, self.metadata = parse_header(*self._header())
@@ -106,7 +106,7 @@ class TensorFile:
 
     def _read(self, name: str, begin: int, nbytes: int) -> Tensor:
         buffer = torch.empty(nbytes, dtype=torch.uint8)
-        got = self._fill(_bytes_of(buffer), begin)
+        got = self._fill(bytes_of(buffer), begin)
         if got < nbytes:
             raise LoraSqueezeError(
                 f"{quoted(self.path)}: tensor {quoted(name)}: the file ends after {got} of {nbytes} bytes; "
@@ -154,13 +154,13 @@ class TensorFile:
         return bytes(raw), self.size_bytes - 8
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous uint8 tensor, not a copy."""
     array: Any = tensor.numpy()  # an ndarray is a buffer, which its type does not say before Python 3.12
     return memoryview(array)
 
 
-def _open_regular(path: Path) -> tuple[int, int]:
+def open_regular(path: Path) -> tuple[int, int]:
     """Open a regular file for reading, never waiting on a pipe or touching a device; descriptor and size."""
     try:
         _check_regular(path, os.stat(path).st_mode)
@@ -180,7 +180,7 @@ def _open_regular(path: Path) -> tuple[int, int]:
 
 def read_regular(path: Path, limit: int) -> bytes:
     """The first bytes, at most ``limit``, of a regular file; never waits on a pipe."""
-    fd, _ = _open_regular(path)
+    fd, _ = open_regular(path)
     try:
         with open(fd, "rb") as file:
             return file.read(limit)
@@ -302,7 +302,7 @@ class TensorFileWriter:
             )
         dense = tensor.detach().to("cpu").resolve_neg().contiguous()
         flat = dense.as_strided((dense.numel(),), (1,))  # a single element is contiguous at any stride, view() wants 1
-        self._pwrite(_bytes_of(flat.view(torch.uint8)), 8 + self._room + begin)
+        self._pwrite(bytes_of(flat.view(torch.uint8)), 8 + self._room + begin)
 
     def close(self, metadata: Mapping[str, str] | None = None) -> None:
         """Write the header and make the file durable; after a failure there is no file. Closing twice does nothing.

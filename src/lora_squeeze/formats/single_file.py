@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.formats.folder import _alive, _explained, _hidden, _make_parents, _sigterm_raises, _sync
+from lora_squeeze.formats.folder import explained, hidden_name, is_alive, make_parents, sigterm_raises, sync
 from lora_squeeze.formats.safetensors_header import quoted
 
 
@@ -43,21 +43,21 @@ def replace_file(target: Path, *, force: bool) -> Iterator[Path]:
         LoraSqueezeError: as `check_target`; or the system refuses a step, with its reason.
     """
     real = target.resolve()
-    draft = _hidden(real)
+    draft = hidden_name(real)
     made: list[Path] = []
-    with _sigterm_raises():
+    with sigterm_raises():
         try:
-            with _explained(real):
+            with explained(real):
                 check_target(target, force=force)
                 _clear_stale(real)
-                _make_parents(real.parent, made)
-            with _explained(real, only_below=draft):
+                make_parents(real.parent, made)
+            with explained(real, only_below=draft):
                 yield draft
-            with _explained(real):
+            with explained(real):
                 check_target(target, force=force)  # it may have come since the first look
-                _sync(draft)
+                sync(draft)
                 os.replace(draft, real)
-                _sync(real.parent)
+                sync(real.parent)
         finally:
             with suppress(FileNotFoundError, NotADirectoryError):
                 draft.unlink()
@@ -72,5 +72,5 @@ def _clear_stale(target: Path) -> None:
     with suppress(OSError):  # no parent yet, or no right to list it: then there is nothing to see, or it shows later
         for name in os.listdir(target.parent):
             match = pattern.fullmatch(name)
-            if match and int(match[1]) != os.getpid() and not _alive(int(match[1])):
+            if match and int(match[1]) != os.getpid() and not is_alive(int(match[1])):
                 target.with_name(name).unlink()
