@@ -246,3 +246,10 @@ class Adapter:
             LoraSqueezeError: the target exists and `force` is not given, or a tensor cannot be written as asked.
         """
         self.format.save(self, Path(path).expanduser(), force=force, progress=progress)
+
+
+def common_dtype(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """A dtype that holds both; torch does not promote those of one byte."""
+    if one == other:
+        return one
+    return torch.float32 if 1 in (one.itemsize, other.itemsize) else torch.promote_types(one, other)

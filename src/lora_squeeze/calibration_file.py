@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,8 @@ import torch
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.safetensors_io import TensorFile, TensorFileWriter
+from lora_squeeze.formats.single_file import replace_file
 from lora_squeeze.moments import Moments
-from lora_squeeze.plan_file import check_target
 
 FORMAT = 1
 KEY = "calibration"
@@ -70,8 +68,6 @@ class Calibration:
         Raises:
             LoraSqueezeError: the file exists and `force` is not given, or it cannot be written.
         """
-        target = Path(path).expanduser()
-        check_target(target, force=force)
         matrices = {
             f"{name}.{key}": matrix.float()
             for name, m in self.moments.items()
@@ -81,19 +77,13 @@ class Calibration:
         facts = {"format": FORMAT, **{name: getattr(self, name) for name in _FACTS}}
         header = {KEY: json.dumps({**facts, "rows": {name: m.rows for name, m in self.moments.items()}})}
         entries = {key: (torch.float32, tuple(matrix.shape)) for key, matrix in matrices.items()}
-        draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.lora-squeeze")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with TensorFileWriter(draft, entries, len(json.dumps(header))) as file:
-                for key, matrix in matrices.items():
-                    file.write(key, matrix.cpu())
-                file.close(header)
-            os.replace(draft, target)
-        except OSError as error:
-            raise LoraSqueezeError(f"{target} cannot be written: {error.strerror or error}") from error
-        finally:
-            with suppress(FileNotFoundError):
-                draft.unlink()
+        with (
+            replace_file(Path(path).expanduser(), force=force) as draft,
+            TensorFileWriter(draft, entries, len(json.dumps(header))) as file,
+        ):
+            for key, matrix in matrices.items():
+                file.write(key, matrix.cpu())
+            file.close(header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:

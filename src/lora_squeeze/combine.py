@@ -70,7 +70,7 @@ def merge(
     Notes:
         The sum is exact up to the rounding of the result's dtype, at the cost of a squeeze at the sum of the ranks. The
         other methods form dW of every adapter, out * in numbers each, and decompose a matrix of full rank:
-        O(out in min(out, in)) per module, hours for a large model without a GPU.
+        O(out in min(out, in)) per module; for large models on a GPU only.
 
     Example:
         >>> merge([style, subject], [0.7, 0.5], rank=16).save("both")  # doctest: +SKIP

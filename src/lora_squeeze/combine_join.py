@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lora_squeeze.adapter import Adapter, Extra, Module
+from lora_squeeze.adapter import Adapter, Extra, Module, common_dtype
 from lora_squeeze.errors import LoraSqueezeError
 
 
@@ -112,19 +112,12 @@ def _sum_of(members: Sequence[Module], scale: float) -> Module:
     """The module that concatenated factors make; they are read in float32 at least."""
     dtype = members[0].dtype
     for member in members[1:]:
-        dtype = _common(dtype, member.dtype)
+        dtype = common_dtype(dtype, member.dtype)
     rank = sum(member.rank for member in members)
     wide = 8 if torch.float64 in (member.dtype for member in members) else 4
     whole = replace(members[0], rank=rank, scale=scale, dtype=dtype)
     source_bytes = whole.parameters * wide + sum(max(m.size_bytes, m.source_bytes) for m in members)
     return replace(whole, source_bytes=source_bytes)
-
-
-def _common(one: torch.dtype, other: torch.dtype) -> torch.dtype:
-    """A dtype that holds both; torch does not promote those of one byte."""
-    if one == other:
-        return one
-    return torch.float32 if 1 in (one.itemsize, other.itemsize) else torch.promote_types(one, other)
 
 
 def _bias(
@@ -138,7 +131,7 @@ def _bias(
         for key, extra in adapter.extras.items():
             if extra.module == part.key:
                 found.append(Part(part.adapter, key, part.weight * adapter.modules[part.key].scale / scale))
-                dtype = extra.dtype if made is None else _common(made.dtype, extra.dtype)
+                dtype = extra.dtype if made is None else common_dtype(made.dtype, extra.dtype)
                 made = replace(extra if made is None else made, dtype=dtype, factor=1.0, module=module.name)
     return made, found
 

@@ -246,7 +246,7 @@ def inspect(
         progress: called with (bytes done, bytes in all) while tensors are read.
         base: the base model's weights, from `lora_squeeze.base_model.open_base`; read one tensor at a time.
         intruders: count the intruder directions of linear layers in the base weights (`lora_squeeze.intruders`): two
-            eigenproblems per module, minutes for a large model.
+            eigenproblems per module, hours for a large model.
         budget: one dial of `lora_squeeze.squeeze` and the options that go with it, such as size="10MB" or
             rank=8, allocate="global". `rank_after` and `energy` are then the plan for it, by module.
 

@@ -62,8 +62,8 @@ def calibrate(
     import json
 
     from lora_squeeze.cli import show
+    from lora_squeeze.formats.single_file import check_target
     from lora_squeeze.hub import load, locate
-    from lora_squeeze.plan_file import check_target
     from lora_squeeze.training.calibration import Examples, Subject
 
     check_target(output, force=force)

@@ -19,11 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_squeeze.adapter import Adapter, Extra, Module, Progress
+from lora_squeeze.adapter import Adapter, Extra, Module, Progress, common_dtype
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.gguf_file import MAGIC, Entry, Field, GgufFile, alignment_of, header_bytes, write_gguf
 from lora_squeeze.formats.history import HISTORY_KEY, header_strings, read_history, reserve_bytes
-from lora_squeeze.formats.peft_keys import common_dtype
 from lora_squeeze.formats.safetensors_header import quoted
 from lora_squeeze.formats.safetensors_io import read_regular
 from lora_squeeze.formats.single_file import check_target, replace_file
@@ -190,7 +189,7 @@ def _module(stem: str, keys: Mapping[str, str], tensors: Mapping[str, Entry], al
     a, b = ((1,) * (dims - len(entry.shape)) + entry.shape for entry in entries)
     # Eight bits and a float16 scale per block: float16 is the next larger kind that is written.
     a_dtype, b_dtype = (entry.encoding.dtype or torch.float16 for entry in entries)
-    dtype = a_dtype if a_dtype == b_dtype else common_dtype(a_dtype, b_dtype)
+    dtype = common_dtype(a_dtype, b_dtype)
     rank = b[-1]
     scale = alpha / rank if alpha and rank else 1.0
     name = stem.removesuffix(".weight")

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lora_squeeze.adapter import Adapter, Extra, Kind, Module, Progress
+from lora_squeeze.adapter import Adapter, Extra, Kind, Module, Progress, common_dtype
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.folder import check_target, replace_folder
 from lora_squeeze.formats.history import header_strings, read_history, reserve_bytes
 from lora_squeeze.formats.model_card import CARD_NAME, model_card
 from lora_squeeze.formats.peft_config import CONFIG_NAME, is_number
-from lora_squeeze.formats.peft_keys import Shapes, common_dtype
+from lora_squeeze.formats.peft_keys import Shapes
 from lora_squeeze.formats.safetensors_header import header_json, layout, quoted
 from lora_squeeze.formats.safetensors_io import TensorFile, TensorFileWriter, read_regular
 from lora_squeeze.lowrank import LowRank
@@ -213,7 +213,7 @@ def _module(path: str, keys: dict[str, str], shapes: Shapes, rank: int, scale: f
         if 0 in shape:
             raise LoraSqueezeError(f"{quoted(key)} has shape {list(shape)}: it is empty; save the adapter again")
     found = f"factors of {quoted(path)}: {quoted(keys['a'])} is {list(a)}, {quoted(keys['b'])} is {list(b)}"
-    dtype = a_dtype if a_dtype == b_dtype else common_dtype(a_dtype, b_dtype)
+    dtype = common_dtype(a_dtype, b_dtype)
     module = Module(path, 1, scale, dtype, 1, 1, group=GROUP, floor=1, layout=Layout(keys["a"], keys["b"]))
     if len(a) == len(b) == 3:
         if a[0] != b[0] or a[1] != b[2]:

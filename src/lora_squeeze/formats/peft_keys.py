@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_squeeze.adapter import Extra, Module
+from lora_squeeze.adapter import Extra, Module, common_dtype
 from lora_squeeze.data_aware import TIED
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.peft_config import pattern_value, scale_of
@@ -151,7 +151,7 @@ def _module(
         if not dtype.is_floating_point:
             raise LoraSqueezeError(f"{quoted(key)} has dtype {dtype}; factors must be floating point")
     layout = Layout(path, a_key, b_key, pattern=re.escape(path))
-    dtype = a_dtype if a_dtype == b_dtype else common_dtype(a_dtype, b_dtype)
+    dtype = common_dtype(a_dtype, b_dtype)
     wrong = LoraSqueezeError(
         f"factors of {quoted(path)} do not fit: {quoted(a_key)} is {list(a)}, {quoted(b_key)} is {list(b)}"
     )
@@ -172,11 +172,6 @@ def _module(
         module = _conv(layout, dtype, a, b, config, wrong)
     _check_rank(module, config, notes)
     return _attention_output(module, config) if path.endswith(f"{NESTED}.out_proj") else module
-
-
-def common_dtype(one: torch.dtype, other: torch.dtype) -> torch.dtype:
-    """A dtype that holds both; torch does not promote those of one byte."""
-    return torch.float32 if 1 in (one.itemsize, other.itemsize) else torch.promote_types(one, other)
 
 
 def _conv(
