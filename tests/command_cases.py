@@ -1,6 +1,7 @@
 """Runs of the command as a user sees them: exit code, standard output, standard error."""
 
 import os
+import subprocess
 import sys
 import traceback
 from dataclasses import dataclass
@@ -42,3 +43,13 @@ def command(folder: Path, *arguments: object) -> Run:
     out.unlink()
     err.unlink()
     return run
+
+
+def fresh_command(cache: Path, *arguments: object) -> Run:
+    """The same in a new interpreter, for what loads a model: transformers does that in threads, and torch's pool of
+    threads does not survive a fork. `datasets` keeps what it has read in the folder `cache`.
+    """
+    words = [sys.executable, "-c", "from lora_squeeze.cli import main; main()", *map(str, arguments)]
+    settings = {**os.environ, "HF_DATASETS_CACHE": str(cache)}
+    done = subprocess.run(words, capture_output=True, text=True, env=settings)
+    return Run(done.returncode, done.stdout, done.stderr)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import typer
-from command_cases import Run, command
+from command_cases import Run, command, fresh_command
 from test_import import imported
 from train_cases import RANK, SOURCE_RANK, Place, private_cache, tensors
 from typer.testing import CliRunner
@@ -32,10 +32,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         yield Place(folder).written()
 
 
+def words(place: Place, tmp_path: Path, *arguments: object) -> tuple[object, ...]:
+    return "train", place.folder / "model", place.folder / "train.jsonl", "-o", tmp_path / "out", *arguments
+
+
 def train(place: Place, tmp_path: Path, *arguments: object) -> Run:
-    return command(
-        tmp_path, "train", place.folder / "model", place.folder / "train.jsonl", "-o", tmp_path / "out", *arguments
-    )
+    """Refused before a model is loaded."""
+    return command(tmp_path, *words(place, tmp_path, *arguments))
+
+
+def fresh_train(place: Place, tmp_path: Path, *arguments: object) -> Run:
+    return fresh_command(place.folder / "cache", *words(place, tmp_path, *arguments))
 
 
 @pytest.fixture
@@ -62,7 +69,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def test_a_training_tells_its_squeezes_and_losses_and_writes_the_adapter(place: Place, tmp_path: Path) -> None:
-    run = train(place, tmp_path, *SHORT)
+    run = fresh_train(place, tmp_path, *SHORT)
     assert run.code == 0, run.err
     lines = run.out.splitlines()
     assert re.fullmatch(r"step 1: squeezed to rank 4, \S+% of the energy kept, loss \S+ -> \S+", lines[0]), lines
@@ -74,7 +81,7 @@ def test_a_training_tells_its_squeezes_and_losses_and_writes_the_adapter(place: 
 
 def test_json_is_what_the_record_holds_and_nothing_else_is_on_standard_output(place: Place, tmp_path: Path) -> None:
     adapter = place.folder / "adapter"
-    run = train(
+    run = fresh_train(
         place, tmp_path, "--continue", adapter, "--distill", "--generate", 3, "--steps", 1, "--rank", 1, "--json"
     )
     assert run.code == 0, run.err
