@@ -9,8 +9,10 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from adapter_cases import CONFIG, RANK, WEIGHTS, plain_config, write_folder
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import save_file
 
 import lora_squeeze
 from lora_squeeze.errors import LoraSqueezeError
@@ -107,13 +109,40 @@ def test_what_cannot_be_a_hub_id_is_a_missing_folder(hub: Hub, name: str) -> Non
 
 
 def test_other_files_and_folders_are_refused_with_what_is_expected(hub: Hub, tmp_path: Path) -> None:
-    (tmp_path / "lora.safetensors").write_text("x")
-    with pytest.raises(LoraSqueezeError, match="expected the folder of a PEFT adapter, with"):
-        lora_squeeze.load(tmp_path / "lora.safetensors")
+    (tmp_path / "notes.txt").write_text("x")
+    save_file({"model.layers.0.weight": torch.zeros(2)}, tmp_path / "whole.safetensors")
+    (tmp_path / "cut.safetensors").write_text("x")
+    for name, text in [
+        ("notes.txt", "expected the folder of a PEFT adapter, with"),
+        ("whole.safetensors", "expected .* keys of kohya or LyCORIS; found 'model.layers.0.weight'"),
+        ("cut.safetensors", "the file has 1 bytes, too short for safetensors"),
+    ]:
+        with pytest.raises(LoraSqueezeError, match=text):
+            lora_squeeze.load(tmp_path / name)
     with pytest.raises(LoraSqueezeError, match=f"no {CONFIG} here, but in its folders .*remote.*name one"):
         lora_squeeze.load(tmp_path)
     with pytest.raises(LoraSqueezeError, match=f"no {CONFIG}; is this the folder of a PEFT adapter"):
         lora_squeeze.load(hub.folder, subfolder="nowhere")
+
+
+@pytest.mark.parametrize("name", ["style.safetensors", "pytorch_lora_weights.safetensors", "a/b.safetensors"])
+def test_a_file_of_kohya_is_found_by_its_name_its_folder_and_on_the_hub(hub: Hub, tmp_path: Path, name: str) -> None:
+    pair = {"lora_unet_to_q.lora_down.weight": torch.eye(2, 6), "lora_unet_to_q.lora_up.weight": torch.eye(4, 2)}
+    (tmp_path / "there" / name).parent.mkdir(parents=True)
+    save_file(pair, tmp_path / "there" / name)
+    hub.folder = tmp_path / "there"
+    for place in (hub.folder / name, (hub.folder / name).parent, f"user/repo/{name}"):
+        assert lora_squeeze.load(place).modules["lora_unet_to_q"].in_features == 6
+    assert hub.got() == {name}
+    with pytest.raises(LoraSqueezeError, match=r"user/repo: the repository has no file 'none\.gguf'"):
+        lora_squeeze.load("user/repo/none.gguf")
+
+
+def test_one_of_several_files_must_be_named(tmp_path: Path) -> None:
+    for name in ("one.safetensors", "two.gguf"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(LoraSqueezeError, match=r"one\.safetensors, two\.gguf; name the file that is meant"):
+        lora_squeeze.load(tmp_path)
 
 
 def not_found(*_: Any, **__: Any) -> None:

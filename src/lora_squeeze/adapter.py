@@ -43,6 +43,7 @@ class Module:
         group: modules with the same group keep one common rank; None is a group of its own.
         floor: smallest rank it may take; 0 means that it may leave the adapter.
         step: ranks counted by the file per rank of the LowRank (groups of a convolution).
+        kernel: sizes of a convolution's kernel, as far as the file shows them; () for other layers.
         layout: what the format needs to write it again.
         source_bytes: bytes of the factors that it is computed from, where these are more than its own.
     """
@@ -58,6 +59,7 @@ class Module:
     group: str | None = None
     floor: int = 0
     step: int = 1
+    kernel: tuple[int, ...] = ()
     layout: Any = None
     source_bytes: int = 0
 

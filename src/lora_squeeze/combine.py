@@ -116,7 +116,7 @@ def subtract(minuend: Adapter, subtrahend: Adapter, **options: Any) -> Adapter:
     """The difference of two adapters, squeezed by any dial: what the first does beyond the second.
 
     An adapter that was trained from another one, minus that one, is what the training added: rank 2 r, squeezed back to
-    r by rank=r.
+    r by rank=r. `lora_squeeze.combine_pair.load_pair` reads those of PiSSA and its like.
 
     Args:
         minuend: the adapter to subtract from; gives settings and companion files.

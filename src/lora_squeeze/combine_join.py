@@ -91,13 +91,11 @@ def _check_alike(one: Module, other: Module, i: int, j: int) -> None:
     """Refuse two updates of one name that are not matrices of one shape of one kind of layer."""
 
     def facts(module: Module) -> tuple[Any, ...]:
-        kernel = getattr(module.layout, "kernel", ())
-        return module.kind, module.out_features, module.in_features, module.copies, tuple(kernel)
+        return module.kind, module.out_features, module.in_features, module.copies, module.kernel
 
     def words(module: Module) -> str:
-        kernel = getattr(module.layout, "kernel", ())
         size = f"{module.out_features} x {module.in_features}"
-        return f"{module.kind} {size}{f', kernel {list(kernel)}' if kernel else ''}" + (
+        return f"{module.kind} {size}{f', kernel {list(module.kernel)}' if module.kernel else ''}" + (
             f", {module.copies} copies" if module.copies > 1 else ""
         )
 

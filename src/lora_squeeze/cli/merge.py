@@ -95,11 +95,12 @@ def subtract(
     as_json: Json = False,
 ) -> None:
     """Subtract one adapter from another: what the first does beyond the second."""
-    names = [minuend, subtrahend]
+    from lora_squeeze.combine_pair import load_pair
+
     _combine(
-        names, _load(names), [1.0, -1.0], output, force, dry_run, each, as_json, extras_from=extras_from, rank=rank,
-        energy=energy, error=error, size=size, params=params, min_rank=min_rank, max_rank=max_rank,
-        dtype=parse_dtype(dtype), device=device,
+        [minuend, subtrahend], load_pair(minuend, subtrahend), [1.0, -1.0], output, force, dry_run, each, as_json,
+        extras_from=extras_from, rank=rank, energy=energy, error=error, size=size, params=params, min_rank=min_rank,
+        max_rank=max_rank, dtype=parse_dtype(dtype), device=device,
     )  # fmt: skip
 
 

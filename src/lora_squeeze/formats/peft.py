@@ -146,13 +146,17 @@ class PeftSource:
         return self.file.sha256()
 
 
-def load(folder: Path) -> Adapter:
+def load(folder: Path, *, of_pair: bool = False) -> Adapter:
     """The adapter in a folder. Reads the configuration and the header of the weights; tensors come later.
+
+    Args:
+        folder: with the configuration and the weights.
+        of_pair: it will be subtracted from, or by, the other of a trained and an initial adapter, see `read_config`.
 
     Raises:
         LoraSqueezeError: a missing or damaged file, or a kind of adapter that cannot be squeezed soundly.
     """
-    config = read_config(folder)
+    config = read_config(folder, of_pair=of_pair)
     file: Tensors
     if (folder / WEIGHTS_NAME).exists():
         file = opened = TensorFile(folder / WEIGHTS_NAME)
@@ -259,16 +263,15 @@ def _entries(adapter: Adapter) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 def factor_shapes(module: Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of A and B in the file."""
-    layout: Layout = module.layout
     rank, copies = module.rank, module.copies
     if module.kind == "conv":
         channels = module.in_features
-        for size in layout.kernel:
+        for size in module.kernel:
             channels //= size
-        return (rank * copies, channels, *layout.kernel), (
+        return (rank * copies, channels, *module.kernel), (
             module.out_features * copies,
             rank,
-            *(1 for _ in layout.kernel),
+            *(1 for _ in module.kernel),
         )
     if module.kind == "experts":
         return (copies * rank, module.in_features), (module.out_features, rank * copies)

@@ -20,7 +20,7 @@ _DENSE_WAY_OUT = "export it in PEFT with peft.save_as_lora(folder, model, rank) 
 _MERGED_WAY_OUT = "merge it into the base model in PEFT with model.merge_and_unload(), or train a plain LoRA"
 _CONVERTED_WAY_OUT = (
     "save it in PEFT with save_pretrained(folder, path_initial_model_for_weight_conversion=initial_adapter), "
-    "which makes a plain LoRA of twice the rank, and squeeze that"
+    "which makes a plain LoRA of twice the rank, and squeeze that; or with both folders: lora-squeeze subtract"
 )
 
 # Fields that, when set, make the update something else than scale * B @ A. Field -> (what it is, why, way out).
@@ -71,8 +71,13 @@ _KNOWN_VARIANTS = {
 }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, *, of_pair: bool = False) -> dict[str, Any]:
     """The configuration in a folder, checked to be one of a plain LoRA.
+
+    Args:
+        folder: of the adapter.
+        of_pair: allow an initialisation that subtracts the first factors from the base weights (PiSSA and others): such
+            an adapter minus its initial one is the whole change.
 
     Raises:
         LoraSqueezeError: missing, not JSON, not a LoRA, or a kind of LoRA that cannot be squeezed soundly.
@@ -93,11 +98,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     if "fine_tune_type" in config and "peft_type" not in config:
         raise LoraSqueezeError(f"{path}: this is the configuration of an mlx-lm adapter, not of a PEFT one")
     try:
-        check_kind(config)
+        check_kind({**config, "init_lora_weights": True} if of_pair and subtracts(config) else config)
         _check_numbers(config)
     except LoraSqueezeError as error:
         raise LoraSqueezeError(f"{path}: {error}") from None
     return config
+
+
+def subtracts(config: Mapping[str, Any]) -> str | None:
+    """The initialisation, where it subtracts the first factors from the base weights; LoftQ replaces these instead."""
+    init = str(config.get("init_lora_weights", True)).lower()
+    return next((kind for kind in _MUTATING_INITS if init.startswith(kind) and kind != "loftq"), None)
 
 
 def check_kind(config: Mapping[str, Any]) -> None:

@@ -42,7 +42,6 @@ class Layout:
     Args:
         path: the wrapped module as keys spell it, without prefix ("...experts.base_layer" for an inner wrapper).
         a_key, b_key: keys of the factors in the file that was read.
-        kernel: trailing dimensions of a convolution's A.
         pattern: regular expression of the whole path that PEFT looks up in rank_pattern; None where another entry of
             the same group stands for it.
     """
@@ -50,7 +49,6 @@ class Layout:
     path: str
     a_key: str
     b_key: str
-    kernel: tuple[int, ...] = ()
     pattern: str | None = None
 
     def new_keys(self, kind: str) -> tuple[str, str]:
@@ -200,7 +198,8 @@ def _conv(
         kind="conv",
         floor=int(groups > 1),
         step=groups,
-        layout=replace(layout, kernel=a[2:]),
+        kernel=a[2:],
+        layout=layout,
     )
 
 
