@@ -344,12 +344,6 @@ def test_no_adapters_make_no_sum() -> None:
         merge([])
 
 
-def test_formats_are_not_mixed(three: list[Adapter]) -> None:
-    other = replace(three[1], format=replace(three[1].format, name="another"))
-    with pytest.raises(LoraSqueezeError, match="adapter 1 is in the format peft, adapter 2 in another; convert them"):
-        merge([three[0], other])
-
-
 @pytest.mark.parametrize(
     ("bases", "told"),
     [
@@ -369,7 +363,7 @@ def test_bases_of_different_names_are_told(tmp_path: Path, bases: list[Any], tol
 def test_no_source_is_overwritten(three: list[Adapter], tmp_path: Path) -> None:
     both = merge(three)
     for i in range(3):
-        with pytest.raises(LoraSqueezeError, match="is the folder that the adapter is read from"):
+        with pytest.raises(LoraSqueezeError, match=r"is (what one of )?the.* adapters? is read from"):
             both.save(tmp_path / f"in {i}", force=True)
     both.save(tmp_path / "out")
     with pytest.raises(LoraSqueezeError, match="exists"):
@@ -405,6 +399,7 @@ class Memory:
     """A format of its own, which knows nothing of PEFT's configuration."""
 
     name = "memory"
+    home = None
 
     def check_target(self, path: Path, *, force: bool) -> None: ...
 

@@ -48,7 +48,7 @@ def test_the_difference_on_the_original_base_is_the_trained_model(tmp_path: Path
 
 def test_alone_they_are_refused_with_this_way_out(tmp_path: Path) -> None:
     trained("pissa", tmp_path)
-    with pytest.raises(LoraSqueezeError, match=r"PiSSA subtracts .*or with both folders: lora-squeeze subtract"):
+    with pytest.raises(LoraSqueezeError, match=r"PiSSA subtracts .*convert ADAPTER .*--initial ADAPTER"):
         lora_squeeze.load(tmp_path / "trained")
 
 

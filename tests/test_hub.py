@@ -114,7 +114,7 @@ def test_other_files_and_folders_are_refused_with_what_is_expected(hub: Hub, tmp
     (tmp_path / "cut.safetensors").write_text("x")
     for name, text in [
         ("notes.txt", "expected the folder of a PEFT adapter, with"),
-        ("whole.safetensors", "expected .* keys of kohya or LyCORIS; found 'model.layers.0.weight'"),
+        ("whole.safetensors", "expected .* keys of diffusers, kohya or LyCORIS; found 'model.layers.0.weight'"),
         ("cut.safetensors", "the file has 1 bytes, too short for safetensors"),
     ]:
         with pytest.raises(LoraSqueezeError, match=text):

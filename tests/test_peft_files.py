@@ -315,9 +315,18 @@ def test_the_model_card_is_kept_and_the_section_replaced(tmp_path: Path) -> None
         text = (tmp_path / folder / CARD).read_text(encoding="utf-8")
         assert text.startswith(card.rstrip()[:40])
         assert "Trained on 3 × 4 examples — carefully." in text
-        assert text.count("## Squeezed with lora-squeeze") == 1
+        assert text.count("## Squeezed with lora-squeeze") == 1 and "Truncated by singular values." in text
         assert re.search(rf"rank: {rank} in 4 modules", text)
     assert not re.search(r"rank: 4 in", (tmp_path / "out" / CARD).read_text())
+
+
+def test_the_model_card_says_what_was_done_last(tmp_path: Path) -> None:
+    source = lora_squeeze.load(save(adapted(plain()), tmp_path / "source"))
+    done = {"Merged": lora_squeeze.merge([source, source]), "Padded": lora_squeeze.rank_up(source, 30)}
+    for title, adapter in {**done, "Converted": lora_squeeze.convert(source, "peft"), "Written": source}.items():
+        adapter.save(tmp_path / title)
+        text = (tmp_path / title / CARD).read_text()
+        assert f"## {title} with lora-squeeze" in text and "Truncated" not in text
 
 
 def test_an_adapter_without_a_card_gets_one(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from command_cases import command
 from peft_cases import llama, tokens
 from peft_models import (
     CONFIG,
@@ -60,24 +61,24 @@ def plain(menagerie: Menagerie, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use_dora": True}, ["DoRA", "use_dora", "magnitude", "merge_and_unload"]),
-        ({"use_qalora": True}, ["QALoRA", "use_qalora", "train a plain LoRA"]),
-        ({"use_bdlora": {"target_modules_bd_a": ["q_proj"]}}, ["BD-LoRA", "use_bdlora", "merge_and_unload"]),
-        ({"kasa_config": {"svd_init": True}}, ["KaSA", "kasa_config", "diagonal", "merge_and_unload"]),
+        ({"use_dora": True}, ["DoRA", "use_dora", "magnitude", "convert ADAPTER --to peft --rank N --base MODEL"]),
+        ({"use_qalora": True}, ["QALoRA", "use_qalora", "convert ADAPTER"]),
+        ({"use_bdlora": {"target_modules_bd_a": ["q_proj"]}}, ["BD-LoRA", "use_bdlora", "convert ADAPTER"]),
+        ({"kasa_config": {"svd_init": True}}, ["KaSA", "kasa_config", "diagonal", "--base MODEL"]),
         ({"arrow_config": {"top_k": 3}}, ["Arrow", "arrow_config", "each expert adapter by itself"]),
-        ({"monteclora_config": {"num_samples": 8}}, ["MonteCLoRA", "monteclora_config", "merge_and_unload"]),
-        ({"velora_config": {"num_groups": 4}}, ["VeLoRA", "velora_config", "merge_and_unload"]),
-        ({"init_lora_weights": "pissa"}, ["PiSSA", "pissa", "path_initial_model_for_weight_conversion"]),
+        ({"monteclora_config": {"num_samples": 8}}, ["MonteCLoRA", "monteclora_config", "convert ADAPTER"]),
+        ({"velora_config": {"num_groups": 4}}, ["VeLoRA", "velora_config", "convert ADAPTER"]),
+        ({"init_lora_weights": "pissa"}, ["PiSSA", "pissa", "--initial ADAPTER"]),
         ({"init_lora_weights": "pissa_niter_16"}, ["PiSSA", "pissa_niter_16"]),
-        ({"init_lora_weights": "olora"}, ["OLoRA", "path_initial_model_for_weight_conversion"]),
-        ({"init_lora_weights": "corda"}, ["CorDA", "path_initial_model_for_weight_conversion"]),
-        ({"init_lora_weights": "lora_ga"}, ["LoRA-GA", "path_initial_model_for_weight_conversion"]),
+        ({"init_lora_weights": "olora"}, ["OLoRA", "--initial ADAPTER"]),
+        ({"init_lora_weights": "corda"}, ["CorDA", "--initial ADAPTER"]),
+        ({"init_lora_weights": "lora_ga"}, ["LoRA-GA", "--initial ADAPTER"]),
         ({"init_lora_weights": "loftq"}, ["LoftQ", "quantised", "merge_and_unload"]),
         ({"init_lora_weights": "newest"}, ["'newest'", "not known", "set it to true"]),
         ({"use_newlora": True}, ["'use_newlora'", "remove it"]),
         ({"newlora_config": {"depth": 2}}, ["'newlora_config'", "remove it"]),
-        ({"peft_type": "LOHA"}, ["'LOHA'", "save_as_lora(folder, model, rank)"]),
-        ({"peft_type": "ADALORA"}, ["'ADALORA'", "save_as_lora"]),
+        ({"peft_type": "LOHA"}, ["'LOHA'", "convert ADAPTER --to peft --rank N, with --base MODEL"]),
+        ({"peft_type": "ADALORA"}, ["'ADALORA'", "convert ADAPTER"]),
         ({"peft_type": None}, ["None"]),
         ({"r": 0}, ["r must be", "0"]),
         ({"r": 2.5}, ["r must be", "2.5"]),
@@ -157,27 +158,30 @@ def test_tensors_give_a_variant_away_when_the_configuration_does_not(tmp_path: P
 
 @pytest.mark.parametrize("way", ["LoHa", "LoKr"])
 def test_the_way_out_for_other_methods_works(tmp_path: Path, way: str) -> None:
-    """peft.save_as_lora(folder, model, rank), as the message says, gives an adapter that is squeezed soundly."""
-    model = _trained(getattr(peft, f"{way}Config")(r=4, target_modules=TARGETS), tmp_path / "loha")
-    peft.save_as_lora(tmp_path / "lora", model, 12)
-    lora_squeeze.load(tmp_path / "lora").squeeze(rank=3).save(tmp_path / "out")
-    case = Case(llama, dict(r=4, target_modules=TARGETS), tokens)
-    found = deltas(reload(case, tmp_path / "out"))
-    for name, dW in deltas(reload(case, tmp_path / "lora")).items():
-        torch.testing.assert_close(found[name], best(dW, 3), rtol=1e-4, atol=1e-6)
+    """convert, as the message says, gives the best approximation of what PEFT merges."""
+    model = _trained(getattr(peft, f"{way}Config")(r=4, target_modules=TARGETS), tmp_path / "source")
+    run = command(tmp_path, "convert", tmp_path / "source", "--to", "peft", "--rank", 3, "-o", tmp_path / "lora")
+    assert run.code == 0, run.err
+    found = deltas(reload(Case(llama, dict(r=4, target_modules=TARGETS), tokens), tmp_path / "lora"))
+    for name, dW in found.items():
+        whole = model.get_submodule(f"base_model.model.{name}").get_delta_weight("default").double()
+        torch.testing.assert_close(dW[0], best(whole, 3), rtol=1e-4, atol=1e-6)
 
 
-def test_the_way_out_for_dora_is_the_merged_model_and_not_save_as_lora(tmp_path: Path) -> None:
-    """PEFT's conversion leaves the magnitude out: its result is another model, so no message may send people there."""
+def test_the_way_out_for_dora_needs_the_base_and_is_the_merged_model(tmp_path: Path) -> None:
+    """PEFT's save_as_lora leaves the magnitude out and gives another model, so no message may send people there."""
     case = Case(llama, dict(r=4, target_modules=TARGETS, use_dora=True), tokens)
     model = adapted(case)
-    expected = outputs(model.double(), case)
-    with pytest.warns(UserWarning, match="already a LoRA adapter"):
-        peft.save_as_lora(tmp_path / "lora", model.float(), 12)
+    save(model, tmp_path / "dora")
+    seeded(llama).save_pretrained(tmp_path / "base")
+    arguments = ["convert", tmp_path / "dora", "--to", "peft", "--rank", 16]
+    without = command(tmp_path, *arguments, "-o", tmp_path / "none")
+    assert without.code == 1 and "base" in without.err
+    run = command(tmp_path, *arguments, "--base", tmp_path / "base", "-o", tmp_path / "lora")
+    assert run.code == 0, run.err
+    expected = outputs(model.double().merge_and_unload(), case)
     lora = outputs(reload(Case(llama, {}, tokens), tmp_path / "lora"), case)
-    assert float((lora - expected).norm()) > 1e-2 * float(expected.norm())
-    merged = outputs(model.double().merge_and_unload(), case)
-    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lora, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from lora_squeeze.combine import merge as merge
     from lora_squeeze.combine import rank_up as rank_up
     from lora_squeeze.combine import subtract as subtract
+    from lora_squeeze.conversion import convert as convert
     from lora_squeeze.errors import LoraSqueezeError as LoraSqueezeError
     from lora_squeeze.hub import load as load
     from lora_squeeze.lowrank import LowRank as LowRank
     from lora_squeeze.post_squeeze import squeeze as squeeze
+    from lora_squeeze.readers import check as check
     from lora_squeeze.report import Report as Report
     from lora_squeeze.report import inspect as inspect
     from lora_squeeze.schedule import Schedule as Schedule
@@ -31,6 +33,8 @@ _HOME = {
     "load": "hub",
     "inspect": "report",
     "squeeze": "post_squeeze",
+    "convert": "conversion",
+    "check": "readers",
     "merge": "combine",
     "subtract": "combine",
     "rank_up": "combine",

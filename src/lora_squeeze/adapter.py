@@ -127,6 +127,10 @@ class Format(Protocol):
     def name(self) -> str:
         """What reports call it."""
 
+    @property
+    def home(self) -> Path | None:
+        """The folder or file that the adapter is read from: never written to, whatever `force` says."""
+
     def check_target(self, path: Path, *, force: bool) -> None:
         """Refuse a target that `save` would refuse, before any work is done."""
 

@@ -9,6 +9,7 @@ never formed. TIES and DARE choose among the entries of that matrix, so they are
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -23,9 +24,11 @@ from lora_squeeze.combine_dense import METHODS as DENSE
 from lora_squeeze.combine_dense import combine_dense, seed_of
 from lora_squeeze.combine_join import Joined, Part, join
 from lora_squeeze.combine_weights import ByModule, weights_by_module
+from lora_squeeze.conversion import in_format
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.peft import PeftFormat
 from lora_squeeze.formats.peft_union import united
+from lora_squeeze.formats.safetensors_header import quoted
 from lora_squeeze.lowrank import LowRank
 from lora_squeeze.ranks import RULES
 from lora_squeeze.report import Report
@@ -37,6 +40,7 @@ def merge(
     adapters: Sequence[Adapter],
     weights: Sequence[float] | ByModule | None = None,
     *,
+    base: str | os.PathLike[str] | None = None,
     method: str = "sum",
     density: float | None = None,
     extras_from: int | None = None,
@@ -49,9 +53,11 @@ def merge(
     lazy, as that of a squeeze: one batch of modules is in memory at a time.
 
     Args:
-        adapters: one or more adapters of one base model and one format. The first gives settings and companion files.
+        adapters: one or more adapters of one base model. The first gives settings, companion files and the format;
+            those of other formats are converted to it, see `lora_squeeze.convert`.
         weights: one number per adapter, negative and zero too; or patterns of module names with such lists, see
             `lora_squeeze.combine_weights`. Default 1 for each: the sum, not the mean.
+        base: the base model, where one of these conversions needs it.
         method: "sum" (exact, default), "ties", "dare" or "dare-ties": `lora_squeeze.combine_dense` defines them.
         density: share of the entries that ties, dare and dare-ties keep, in (0, 1].
         extras_from: the adapter, counted from 1, whose carried tensors (trained heads, embeddings, biases) are taken.
@@ -76,6 +82,8 @@ def merge(
         >>> merge([style, subject], [0.7, 0.5], rank=16).save("both")  # doctest: +SKIP
     """
     _check(adapters, method, density, extras_from)
+    formats = [adapter.format for adapter in adapters]
+    adapters = [in_format(adapter, formats[0].name, base) for adapter in adapters]
     names = list(dict.fromkeys(name for adapter in adapters for name in adapter.modules))
     rows = weights_by_module(weights, len(adapters), names)
     used = [any(row[i] for name, row in rows.items() if name in a.modules) for i, a in enumerate(adapters)]
@@ -101,7 +109,7 @@ def merge(
         modules=joined.modules,
         extras=joined.extras,
         source=Sum(tuple(adapters), joined, scale, method, density or 1.0, seed),
-        format=Guarded(tuple(adapter.format for adapter in (first, *adapters))),
+        format=Guarded((first.format, *formats)),
         config=config,
         default_scale=scale,
         dropped=(),
@@ -195,12 +203,6 @@ def residual(report: Report) -> Residual:
 def _check(adapters: Sequence[Adapter], method: str, density: float | None, extras_from: int | None) -> None:
     if not adapters:
         raise LoraSqueezeError("no adapters to merge: give at least one")
-    names = [adapter.format.name for adapter in adapters]
-    for i, name in enumerate(names):
-        if name != names[0]:
-            raise LoraSqueezeError(
-                f"adapter 1 is in the format {names[0]}, adapter {i + 1} in {name}; convert them to one format first"
-            )
     if method not in METHODS:
         raise LoraSqueezeError(f"unknown method {method!r} of merging: choose one of {', '.join(METHODS)}")
     if (density is None) != (method == "sum"):
@@ -352,10 +354,16 @@ class Guarded:
         """What reports call it."""
         return self.formats[0].name
 
+    @property
+    def home(self) -> Path | None:
+        """What the first adapter is read from."""
+        return self.formats[0].home
+
     def check_target(self, path: Path, *, force: bool) -> None:
         """Refuse the folder of any source, and what cannot be replaced."""
-        for each in self.formats:
-            each.check_target(path, force=force)
+        self.formats[0].check_target(path, force=force)
+        if path.resolve() in [each.home for each in self.formats]:
+            raise LoraSqueezeError(f"{quoted(path)} is what one of the adapters is read from; choose another output")
 
     def save(self, adapter: Adapter, path: Path, *, force: bool, progress: Progress | None) -> None:
         """Write the adapter to `path`."""

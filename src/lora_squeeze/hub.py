@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.formats import gguf_lora, kohya, mlx, peft
+from lora_squeeze.formats import diffusers, gguf_lora, kohya, mlx, peft
 from lora_squeeze.formats.safetensors_header import quoted
 from lora_squeeze.formats.safetensors_io import TensorFile
 
@@ -21,6 +21,7 @@ _HUB_FILE = re.compile(r"^(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/(?P<file
 # Formats of one file each, told by what is in it: whether a file is one of them, and its reader.
 _SINGLE: tuple[tuple[Callable[[Path], bool], Callable[[Path], Adapter]], ...] = (
     (gguf_lora.matches, gguf_lora.load),
+    (diffusers.matches, diffusers.load),  # first: a file of it without header strings is one of kohya's too
     (kohya.matches, kohya.load),
 )
 
@@ -37,7 +38,7 @@ def load(
 
     Args:
         adapter: a folder with adapter_config.json, of PEFT or of mlx-lm; a weights file in such a folder; a safetensors
-            file of kohya, ComfyUI or LyCORIS, a GGUF adapter of llama.cpp, or a folder with one such file; a
+            file of diffusers, kohya, ComfyUI or LyCORIS, a GGUF adapter of llama.cpp, or a folder with one such file; a
             hub id such as "user/adapter", or a file there, "user/adapter/style.safetensors". What exists on disk is
             never looked up on the hub.
         subfolder: folder inside it, for adapters saved under a name.
@@ -90,7 +91,7 @@ def locate(
         keys = list(TensorFile(path).entries) if path.suffix == ".safetensors" else []
         raise LoraSqueezeError(
             f"{path}: expected the folder of a PEFT adapter, with {peft.CONFIG_NAME} and {peft.WEIGHTS_NAME}, the "
-            "folder of an mlx-lm adapter, a GGUF adapter, or a safetensors file with the keys of kohya or LyCORIS"
+            "folder of an mlx-lm adapter, a GGUF file, or a safetensors file with keys of diffusers, kohya or LyCORIS"
             + (f"; found {quoted(keys[0])}" if keys else "")
         )
     return path

@@ -13,6 +13,8 @@ import typer
 
 from lora_squeeze.cli.calibrate import Base, Calibrate, asked_of, loss_line
 from lora_squeeze.cli.calibrate import calibrate as calibrate_command
+from lora_squeeze.cli.check import check
+from lora_squeeze.cli.convert import convert
 from lora_squeeze.cli.fleet import fleet as fleet_command
 from lora_squeeze.cli.merge import merge, rank_up, subtract
 from lora_squeeze.cli.options import AdapterArgument, Each, Json, Revision, Subfolder, rank_list
@@ -223,6 +225,8 @@ def demo(
 app.command()(train)
 app.command("plan")(plan_command)
 app.command("calibrate")(calibrate_command)
+app.command()(convert)
+app.command()(check)
 app.command()(merge)
 app.command()(subtract)
 app.command("rank-up")(rank_up)

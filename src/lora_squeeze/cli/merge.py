@@ -37,7 +37,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Compute and show the fi
 
 
 def merge(
-    adapters: Annotated[list[str], typer.Argument(help="Folders of PEFT adapters, or hub ids such as user/adapter.")],
+    adapters: Annotated[
+        list[str], typer.Argument(help="Adapters of any format: folders, files, or hub ids such as user/adapter.")
+    ],
     output: Output = None,
     weights: Annotated[
         str | None,
@@ -53,6 +55,7 @@ def merge(
     params: Params = None,
     min_rank: MinRank = None,
     max_rank: MaxRank = None,
+    base: Annotated[str | None, _own("base")] = None,
     method: Annotated[str, _own("method")] = "sum",
     density: Annotated[float | None, _own("density")] = None,
     extras_from: ExtrasFrom = None,
@@ -70,8 +73,9 @@ def merge(
     found = None if weights is None else parse_weights(weights)
     _combine(
         adapters, _load(adapters), found, output, force, dry_run, each, as_json,
-        method=method, density=density, extras_from=extras_from, seed=seed, rank=rank, energy=energy, error=error,
-        size=size, params=params, min_rank=min_rank, max_rank=max_rank, dtype=parse_dtype(dtype), device=device,
+        base=base, method=method, density=density, extras_from=extras_from, seed=seed, rank=rank, energy=energy,
+        error=error, size=size, params=params, min_rank=min_rank, max_rank=max_rank, dtype=parse_dtype(dtype),
+        device=device,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import math
 import os
 import struct
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,7 +31,8 @@ MAGIC = b"GGUF"
 ALIGNMENT_KEY = "general.alignment"
 _VERSION, _ALIGNMENT = 3, 32
 _MAX_ALIGNMENT = 1 << 16
-_MAX_HEADER_BYTES = 100_000_000
+_MAX_HEADER_BYTES = 2**25  # that of a whole model with a large vocabulary is half as long
+_MAX_FIELDS, _MAX_TENSORS = 2**16, 2**18
 _MAX_DIMS = 4
 _STRING, _ARRAY, _UINT32, _FLOAT32 = 8, 9, 4, 6
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -93,6 +94,11 @@ class Field:
     def uint32(cls, value: int) -> Field:
         """A whole number from 0."""
         return cls(_UINT32, struct.pack("<I", value))
+
+    @classmethod
+    def uint32s(cls, values: Sequence[int]) -> Field:
+        """An array of whole numbers from 0."""
+        return cls(_ARRAY, struct.pack(f"<IQ{len(values)}I", _UINT32, len(values), *values))
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,21 @@ class GgufFile:
         return buffer
 
 
+def read_model_header(path: Path) -> tuple[dict[str, Field], dict[str, tuple[int, ...]]]:
+    """Fields and shapes of the tensors of a base model, whose numbers may be of any kind.
+
+    Raises:
+        LoraSqueezeError: not a GGUF file, or a damaged one.
+    """
+    descriptor, size = open_regular(path)
+    with open(descriptor, "rb") as file:
+        try:
+            fields, listed = _Header(file, size).listed()
+        except LoraSqueezeError as error:
+            raise LoraSqueezeError(f"{quoted(path)}: {error}") from None
+    return fields, {name: shape for name, (shape, _, _) in listed.items()}
+
+
 class _Header:
     """A cursor over the bytes before the data, which never goes beyond the file or the limit."""
 
@@ -179,23 +200,33 @@ class _Header:
 
     def read(self) -> tuple[dict[str, Field], dict[str, Entry]]:
         """The fields and the tensors."""
+        fields, listed = self.listed()
+        alignment = alignment_of(fields)
+        infos = {name: self._encoded(f"tensor {quoted(name)}", *info) for name, info in listed.items()}
+        return fields, self._placed(infos, alignment)
+
+    def listed(self) -> tuple[dict[str, Field], dict[str, tuple[tuple[int, ...], int, int]]]:
+        """The fields, and shape, kind of number and offset of every tensor as they are written down."""
         count, number_of_fields = self._start()
         fields: dict[str, Field] = {}
         for _ in range(number_of_fields):
             key = self._text("the name of a field")
+            if len(fields) == _MAX_FIELDS:
+                raise damaged(f"{number_of_fields} fields announced, up to {_MAX_FIELDS} are read")
             if key in fields:
                 raise damaged(f"the field {quoted(key)} occurs twice")
             kind = self._number("I", f"the type of field {quoted(key)}")
             fields[key] = Field(kind, self._value(kind, f"field {quoted(key)}"))
-        alignment = alignment_of(fields)
-        infos: dict[str, tuple[Encoding, tuple[int, ...], int]] = {}
+        infos: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(count):
             name = self._text("the name of a tensor")
             check_name(name)
+            if len(infos) == _MAX_TENSORS:
+                raise damaged(f"{count} tensors announced, up to {_MAX_TENSORS} are read")
             if name in infos:
                 raise damaged(f"the tensor {quoted(name)} occurs twice")
             infos[name] = self._info(f"tensor {quoted(name)}")
-        return fields, self._placed(infos, alignment)
+        return fields, infos
 
     def _start(self) -> tuple[int, int]:
         head = self._file.read(512)
@@ -248,14 +279,22 @@ class _Header:
             return head + self._bytes(struct.calcsize(f"<{_SCALARS[item]}") * count, what)
         if item != _STRING:
             raise damaged(f"{what} is an array of the type {item}, which GGUF does not have")
-        return b"".join([head, *(self._value(_STRING, what) for _ in range(count))])
+        strings = bytearray(head)  # not a list of them: small objects take many times their bytes
+        for _ in range(count):
+            length = self._bytes(8, what)
+            strings += length
+            strings += self._bytes(int.from_bytes(length, "little"), what)
+        return bytes(strings)
 
-    def _info(self, what: str) -> tuple[Encoding, tuple[int, ...], int]:
+    def _info(self, what: str) -> tuple[tuple[int, ...], int, int]:
         dims = self._number("I", what)
         if not 1 <= dims <= _MAX_DIMS:
             raise damaged(f"{what} has {dims} dimensions, 1 to {_MAX_DIMS} are possible")
         shape = tuple(self._number("Q", what) for _ in range(dims))[::-1]
-        code, offset = self._number("I", what), self._number("Q", what)
+        return shape, self._number("I", what), self._number("Q", what)
+
+    @staticmethod
+    def _encoded(what: str, shape: tuple[int, ...], code: int, offset: int) -> tuple[Encoding, tuple[int, ...], int]:
         encoding = _BY_CODE.get(code)
         if encoding is None:
             known = ", ".join(encoding.name for encoding in _ENCODINGS)

@@ -23,7 +23,7 @@ from lora_squeeze.adapter import Adapter, Extra, Module, Progress, common_dtype
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.gguf_file import MAGIC, Entry, Field, GgufFile, alignment_of, header_bytes, write_gguf
 from lora_squeeze.formats.history import HISTORY_KEY, header_strings, read_history, reserve_bytes
-from lora_squeeze.formats.safetensors_header import quoted
+from lora_squeeze.formats.safetensors_header import check_shown, quoted
 from lora_squeeze.formats.safetensors_io import read_regular
 from lora_squeeze.formats.single_file import check_target, replace_file
 from lora_squeeze.lowrank import LowRank
@@ -137,6 +137,7 @@ def _checked_alpha(fields: Mapping[str, Field]) -> float:
 
 def _parse(tensors: Mapping[str, Entry], alpha: float) -> tuple[dict[str, Module], dict[str, Extra], list[str]]:
     """Modules, carried tensors and notes."""
+    check_shown(tensors)
     factors: dict[str, dict[str, str]] = defaultdict(dict)
     extras: dict[str, Extra] = {}
     for key, entry in tensors.items():

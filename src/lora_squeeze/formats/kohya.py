@@ -17,6 +17,7 @@ from torch import Tensor
 from lora_squeeze.adapter import Adapter, Module, Progress
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats import lycoris
+from lora_squeeze.formats.borrowed import Borrowed, Origin
 from lora_squeeze.formats.history import header_strings, read_history, reserve_bytes
 from lora_squeeze.formats.kohya_keys import ALPHA, Alpha, Layout, inner_dtype, is_ours, parse
 from lora_squeeze.formats.safetensors_header import header_json, layout, quoted
@@ -26,6 +27,8 @@ from lora_squeeze.lowrank import LowRank
 
 DIFFUSERS_KEY = "lora_adapter_metadata"  # a header with it has the scales; the tensors do not
 RANK_KEY, ALPHA_KEY = "ss_network_dim", "ss_network_alpha"
+_LAST = "lora_unet_final_layer_"
+_TRANSFORMERS = (*(f"lora_unet_{part}_blocks_" for part in ("double", "single", "joint")), _LAST)  # Flux, SD3
 MIXED = "Dynamic"  # what sd-scripts writes for ranks that differ
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # of the tensors that were read
 
@@ -119,7 +122,7 @@ class KohyaFormat:
         """Write the file; one batch of modules is in memory at a time."""
         self.check_target(path, force=force)
         with replace_file(path, force=force) as draft:
-            _write(adapter, draft, progress)
+            _write(portable(adapter), draft, progress)
 
     def overhead_bytes(self, adapter: Adapter) -> int:
         """Header, metadata and alphas: an upper bound of what is no number of a factor or a carried tensor."""
@@ -159,6 +162,44 @@ def _as_read(adapter: Adapter) -> bool:
     return all(
         module.layout.form == lycoris.PLAIN and (module.rank, module.scale) == (module.layout.rank, module.layout.scale)
         for module in adapter.modules.values()
+    )
+
+
+def anew(adapter: Adapter) -> Adapter:
+    """The adapter such that nothing of it is written as it was read: every module gets the alpha of `portable`."""
+    modules = {name: replace(m, layout=replace(m.layout, rank=0)) for name, m in adapter.modules.items()}
+    return replace(
+        adapter,
+        modules=modules,
+        source=Borrowed(adapter, {name: Origin(name) for name in modules}, {key: key for key in adapter.extras}),
+    )
+
+
+def portable(adapter: Adapter) -> Adapter:
+    """The same updates with scales whose alphas every reader takes for what they are.
+
+    diffusers 0.42 gives modules of a UNet whose alphas differ the alpha that most of them have, and does not look at
+    those of Flux's last layer. So there is one alpha, with the rest multiplied into B on writing, which rounds nothing
+    where ranks differ by powers of two; in a file of Flux or SD3, whose other alphas it reads, alpha = r in the last
+    layer. What is written as it was read stays so.
+    """
+    if _as_read(adapter):
+        return adapter
+    modules = adapter.modules.values()
+    if any(name.startswith(_TRANSFORMERS) for name in adapter.modules):
+        scales = {m.name: 1.0 if m.name.startswith(_LAST) else m.scale for m in modules}
+    else:
+        alphas = [module.scale * module.rank for module in modules]
+        alpha = max(alphas)
+        if alpha <= 0 or not math.isclose(min(alphas), alpha, rel_tol=1e-12):  # alpha / r * r is not always alpha
+            alpha = adapter.default_scale * max(module.rank for module in modules)
+        scales = {module.name: alpha / module.rank for module in modules}
+    return replace(
+        adapter,
+        modules={name: replace(m, scale=scales[name]) for name, m in adapter.modules.items()},
+        source=Borrowed(
+            adapter, {name: Origin(name) for name in adapter.modules}, {key: key for key in adapter.extras}
+        ),
     )
 
 

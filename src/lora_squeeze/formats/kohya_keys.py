@@ -22,9 +22,11 @@ from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats import lycoris
 from lora_squeeze.formats.lycoris import FULL, PLAIN, Facts
 from lora_squeeze.formats.peft_keys import Shapes
-from lora_squeeze.formats.safetensors_header import quoted
+from lora_squeeze.formats.safetensors_header import check_shown, quoted
 
 ALPHA = "alpha"
+_MAX_ALPHA = 1e100  # squares of scales are formed
+_MAX_FORMED = 2**31  # numbers of B and A of one module that are computed; a full-rank 16384 x 53248 has half of it
 _SUFFIXES = {  # of A and B, as ComfyUI looks for them
     ".lora_down.weight": ".lora_up.weight",
     "_lora.down.weight": "_lora.up.weight",
@@ -129,6 +131,7 @@ def parse(shapes: Shapes, read: Callable[[str], Tensor]) -> tuple[dict[str, Modu
     Raises:
         LoraSqueezeError: an orphan, tensors that do not fit, an update that depends on the base weight, an unknown key.
     """
+    check_shown(shapes)
     found, rest = _sorted(shapes)
     if not found:
         raise LoraSqueezeError(
@@ -215,6 +218,11 @@ def _facts(name: str, form: str, parts: Mapping[str, str], shapes: Shapes) -> Fa
     if found is None:
         listed = ", ".join(f"{quoted(key)} is {list(shapes[key][1])}" for key in parts.values())
         raise LoraSqueezeError(f"tensors of {quoted(name)} do not fit as those of a {form}: {listed}")
+    if form != PLAIN and (size := found.rank * (found.out_features + found.in_features)) > _MAX_FORMED:
+        raise LoraSqueezeError(
+            f"{quoted(name)} is a {form} for a matrix of {found.out_features} x {found.in_features}: as plain factors "
+            f"it takes {size} numbers, up to {_MAX_FORMED} are formed; no model has such a layer"
+        )
     return found
 
 
@@ -239,7 +247,7 @@ def _alpha(key: str, shapes: Shapes, read: Callable[[str], Tensor]) -> Alpha:
             f"{quoted(key)} is {dtype} of shape {list(shape)}, not one number; save the adapter again"
         )
     value = float(read(key).double())
-    if not math.isfinite(value):
+    if not abs(value) < _MAX_ALPHA:
         raise LoraSqueezeError(f"{quoted(key)} is {value}; alpha must be a finite number: use an earlier checkpoint")
     return Alpha(dtype, shape, value)
 

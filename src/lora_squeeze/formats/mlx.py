@@ -25,16 +25,15 @@ from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.folder import check_target, replace_folder
 from lora_squeeze.formats.history import header_strings, read_history, reserve_bytes
 from lora_squeeze.formats.model_card import CARD_NAME, model_card
-from lora_squeeze.formats.peft_config import CONFIG_NAME, is_number
+from lora_squeeze.formats.peft_config import CONFIG_NAME, is_number, read_json
 from lora_squeeze.formats.peft_keys import Shapes
-from lora_squeeze.formats.safetensors_header import header_json, layout, quoted
-from lora_squeeze.formats.safetensors_io import TensorFile, TensorFileWriter, read_regular
+from lora_squeeze.formats.safetensors_header import check_shown, header_json, layout, quoted
+from lora_squeeze.formats.safetensors_io import TensorFile, TensorFileWriter
 from lora_squeeze.lowrank import LowRank
 
 WEIGHTS_NAME = "adapters.safetensors"
 OWNED = (CONFIG_NAME, WEIGHTS_NAME)
 GROUP = "all: mlx-lm has one rank for all modules"
-_MAX_CONFIG_BYTES = 10**8
 _FACTOR = re.compile(r"^(?P<path>.+)\.lora_(?P<side>[ab])$")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|tok_embeddings|word_embeddings|embedding|embeddings|embed_in|wte)$")
 _PLAIN = "train it with fine_tune_type 'lora'"
@@ -85,8 +84,8 @@ def matches(path: Path) -> bool:
     if path.is_file() and path.name not in OWNED:
         return False
     try:
-        config = json.loads(read_regular(_folder(path) / CONFIG_NAME, _MAX_CONFIG_BYTES))
-    except (LoraSqueezeError, ValueError, RecursionError):
+        config = read_json(_folder(path) / CONFIG_NAME)
+    except LoraSqueezeError:
         return False
     return (
         isinstance(config, dict)
@@ -133,14 +132,7 @@ def _folder(path: Path) -> Path:
 def _read_config(folder: Path) -> dict[str, Any]:
     """The configuration, checked to be one of a plain LoRA."""
     path = folder / CONFIG_NAME
-    try:
-        config = json.loads(read_regular(path, _MAX_CONFIG_BYTES).decode("utf-8"))
-    except LoraSqueezeError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise LoraSqueezeError(
-            f"{path}: not valid JSON ({error}); restore the file from where the adapter came"
-        ) from None
+    config = read_json(path)
     try:
         _check_config(config)
     except LoraSqueezeError as error:
@@ -160,7 +152,7 @@ def _check_config(config: Any) -> None:
     if not isinstance(parameters, dict):
         raise LoraSqueezeError(f"lora_parameters must be an object with rank and scale, found {parameters!r:.80}")
     rank, scale, alpha = parameters.get("rank"), parameters.get("scale"), parameters.get("alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < 2**31:
         raise LoraSqueezeError(f"lora_parameters: rank must be a whole number from 1, found {rank!r:.80}")
     if not is_number(scale):
         raise LoraSqueezeError(f"lora_parameters: scale must be a finite number, found {scale!r:.80}")
@@ -174,6 +166,7 @@ def _check_config(config: Any) -> None:
 
 def _parse(shapes: Shapes, rank: int, scale: float) -> tuple[dict[str, Module], dict[str, Extra], list[str]]:
     """Modules, carried tensors and notes of a weights file; `rank` and `scale` as configured."""
+    check_shown(shapes)
     factors: dict[str, dict[str, str]] = defaultdict(dict)
     for key in shapes:
         if match := _FACTOR.match(key):
@@ -273,7 +266,7 @@ class MlxFormat:
                     text = card.read_text(encoding="utf-8")
                 except (OSError, UnicodeDecodeError) as error:
                     raise LoraSqueezeError(f"{quoted(card)}: cannot be copied ({error})") from error
-                (staging / CARD_NAME).write_text(model_card(adapter, text), encoding="utf-8")
+                (staging / CARD_NAME).write_text(model_card(adapter, text), encoding="utf-8", errors="replace")
 
     def overhead_bytes(self, adapter: Adapter) -> int:
         """Header, metadata and the zeros of ranks below the largest: an upper bound of what is no number of a factor.

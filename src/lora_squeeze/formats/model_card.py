@@ -8,6 +8,7 @@ import re
 from lora_squeeze.adapter import Adapter
 
 CARD_NAME = "README.md"
+_TITLES = {"post-squeeze": "Squeezed", "merge": "Merged", "convert": "Converted", "rank-up": "Padded"}  # by last step
 _BEGIN, _END = "<!-- lora-squeeze -->", "<!-- /lora-squeeze -->"
 
 
@@ -27,11 +28,15 @@ def model_card(adapter: Adapter, before: str) -> str:
     return f"{before}\n\n{_BEGIN}\n{_section(adapter)}\n{_END}\n"
 
 
+def _last(adapter: Adapter) -> str:
+    return str(adapter.history[-1].get("step")) if adapter.history else ""
+
+
 def _section(adapter: Adapter) -> str:
     ranks = sorted({module.rank * module.step for module in adapter.modules.values()})
     shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     lines = [
-        "## Squeezed with lora-squeeze",
+        f"## {_TITLES.get(_last(adapter), 'Written')} with lora-squeeze",
         "",
         f"- rank: {shown} in {len(adapter.modules)} modules, scale (alpha / r) {adapter.default_scale:g} everywhere",
     ]
@@ -41,9 +46,6 @@ def _section(adapter: Adapter) -> str:
         f"- {step.get('step')}: {', '.join(f'{k} {v}' for k, v in step.items() if k != 'step')}"
         for step in adapter.history
     ]
-    lines += [
-        "",
-        "Every update is the best approximation of the source's update at this rank in the Frobenius norm.",
-        "Kept energy is not task quality: measure on the task.",
-    ]
+    if _last(adapter) == "post-squeeze":
+        lines += ["", "Truncated by singular values. Kept energy is not task quality: measure on the task."]
     return "\n".join(lines)

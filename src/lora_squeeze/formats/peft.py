@@ -9,6 +9,7 @@ import hashlib
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from lora_squeeze.formats.model_card import CARD_NAME, model_card
 from lora_squeeze.formats.peft_config import CONFIG_NAME as CONFIG_NAME
 from lora_squeeze.formats.peft_config import read_config, squeezed_config
 from lora_squeeze.formats.peft_keys import PREFIX, Layout, parse
-from lora_squeeze.formats.safetensors_header import check_name, header_json, layout, not_safetensors, quoted
+from lora_squeeze.formats.pickles import check_pickled, load_pickle
+from lora_squeeze.formats.safetensors_header import header_json, layout, not_safetensors, quoted
 from lora_squeeze.formats.safetensors_io import PIECE_BYTES, TensorFile, TensorFileWriter, read_regular
 from lora_squeeze.lowrank import LowRank
 
@@ -67,8 +69,7 @@ class PickleFile:
         if head.startswith(b"version https://git-lfs") or head.lstrip().startswith(b"<"):
             raise LoraSqueezeError(f"{quoted(path)}: {not_safetensors(head, 0, len(head))}")
         try:
-            # Files of PyTorch before 1.6 are no zip archives and cannot be mapped.
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
+            tensors = load_pickle(path, zipped=head.startswith(b"PK"))
         except pickle.UnpicklingError as error:
             # Only the name is taken from torch's message, which goes on to explain how to switch the check off.
             name = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -76,20 +77,15 @@ class PickleFile:
                 f"{quoted(path)}: this pickle holds more than tensors{f' ({name[1]})' if name else ''} and is not "
                 "opened, since it could run code; save the adapter as safetensors where it comes from"
             ) from None
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
+        except Exception as error:  # of a damaged pickle torch makes errors of any kind
             raise LoraSqueezeError(
                 f"{quoted(path)}: not a readable PyTorch file ({_first_line(error)}); download or export it again"
             ) from None
-        if not isinstance(tensors, dict) or not all(
-            isinstance(k, str) and isinstance(t, Tensor) and t.layout == torch.strided for k, t in tensors.items()
-        ):
-            raise LoraSqueezeError(f"{quoted(path)}: expected a dictionary of tensors by name")
         try:
-            for name in tensors:
-                check_name(name)
+            check_pickled(tensors, path.stat().st_size)
         except LoraSqueezeError as error:
             raise LoraSqueezeError(f"{quoted(path)}: {error}") from None
-        self._tensors: dict[str, Tensor] = tensors
+        self._tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in tensors.items()}
 
     @property
     def shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -172,6 +168,8 @@ def load(folder: Path, *, of_pair: bool = False) -> Adapter:
         raise LoraSqueezeError(f"{folder}: {error}") from None
     first = next(iter(modules.values()))
     top = config.get("r", first.rank)
+    companions = [folder / name for name in (CARD_NAME, *COMPANIONS) if (folder / name).is_file()]
+    strange = [path for path in companions if not belongs(path)]
     return Adapter(
         modules=modules,
         extras=extras,
@@ -181,9 +179,21 @@ def load(folder: Path, *, of_pair: bool = False) -> Adapter:
         default_scale=_default_scale(config, top),
         metadata=dict(file.metadata),
         history=read_history(file.metadata),
-        companions=tuple(folder / name for name in (CARD_NAME, *COMPANIONS) if (folder / name).is_file()),
-        notes=tuple(notes),
+        companions=tuple(path for path in companions if path not in strange),
+        notes=(*notes, *(f"{path.name}: a link that leads out of the folder; it is not copied" for path in strange)),
     )
+
+
+def belongs(path: Path) -> bool:
+    """Whether a file beside the weights may be copied: no link that leads out of the folder.
+
+    A link in a downloaded folder may lead to any file of the user, which would then be published with the result. The
+    hub's cache has links too, but into a folder of its own: <repository>/snapshots/<commit>/x to <repository>/blobs/y.
+    """
+    real, folder = path.resolve(), path.parent.resolve()
+    repositories = [top for top in folder.parents if top.name == "snapshots"]
+    homes = [folder, *(top.parent / "blobs" for top in repositories[:1])]
+    return any(real.is_relative_to(home) for home in homes)
 
 
 def _default_scale(config: Mapping[str, Any], rank: int) -> float:
@@ -317,7 +327,8 @@ def _write_companions(adapter: Adapter, staging: Path) -> None:
             if path.name == CARD_NAME:
                 card = path.read_text(encoding="utf-8")
             else:
-                (staging / path.name).write_bytes(path.read_bytes())
+                shutil.copyfile(path, staging / path.name)  # in pieces, whatever its size
         except (OSError, UnicodeDecodeError) as error:
             raise LoraSqueezeError(f"{quoted(path)}: cannot be copied ({error})") from error
-    (staging / CARD_NAME).write_text(model_card(adapter, card), encoding="utf-8")
+    # What the header tells of earlier steps may be text that UTF-8 cannot hold.
+    (staging / CARD_NAME).write_text(model_card(adapter, card), encoding="utf-8", errors="replace")

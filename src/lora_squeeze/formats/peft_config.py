@@ -10,36 +10,37 @@ from pathlib import Path
 from typing import Any
 
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.formats.expressions import Expression
+from lora_squeeze.formats.patterns import Patterns
 from lora_squeeze.formats.safetensors_io import read_regular
 
 CONFIG_NAME = "adapter_config.json"
-_MAX_CONFIG_BYTES = 10**8
+_MAX_CONFIG_BYTES = 10**7  # of JSON, which takes up to twenty times as much memory; 20,000 patterns are 4 MB
+_MAX_DEPTH = 50
 
-_DENSE_WAY_OUT = "export it in PEFT with peft.save_as_lora(folder, model, rank) and squeeze the result"
-# Not save_as_lora: PEFT 0.21.2 takes B @ A for the update of these, without the part that makes them what they are.
+_CONVERT = "lora-squeeze convert ADAPTER --to peft --rank N"
+# Not PEFT's save_as_lora: in 0.21.2 it takes B @ A for the update of these.
+_BASE_WAY_OUT = f"{_CONVERT} --base MODEL"
 _MERGED_WAY_OUT = "merge it into the base model in PEFT with model.merge_and_unload(), or train a plain LoRA"
-_CONVERTED_WAY_OUT = (
-    "save it in PEFT with save_pretrained(folder, path_initial_model_for_weight_conversion=initial_adapter), "
-    "which makes a plain LoRA of twice the rank, and squeeze that; or with both folders: lora-squeeze subtract"
-)
+_CONVERTED_WAY_OUT = f"{_CONVERT} --initial ADAPTER, with the adapter as it was saved before the training"
 
 # Fields that, when set, make the update something else than scale * B @ A. Field -> (what it is, why, way out).
 _REFUSED_FIELDS = {
     "use_dora": (
         "DoRA",
         "its magnitude vector rescales base weight and update together: a change of full rank that depends on the base",
-        _MERGED_WAY_OUT,
+        _BASE_WAY_OUT,
     ),
-    "use_qalora": ("QALoRA", "its A acts on pooled inputs, so B @ A is not the update", "train a plain LoRA"),
-    "use_bdlora": ("BD-LoRA", "its factors are block-diagonal and a truncation would fill the blocks", _MERGED_WAY_OUT),
-    "kasa_config": ("KaSA", "it puts a diagonal between A and B and changes the base weights", _MERGED_WAY_OUT),
+    "use_qalora": ("QALoRA", "its A acts on pooled inputs, so B @ A is not the update", _CONVERT),
+    "use_bdlora": ("BD-LoRA", "its factors are block-diagonal and a truncation would fill the blocks", _CONVERT),
+    "kasa_config": ("KaSA", "it puts a diagonal between A and B and changes the base weights", _BASE_WAY_OUT),
     "arrow_config": (
         "Arrow",
         "it routes between several adapters token by token",
         "squeeze each expert adapter by itself",
     ),
-    "monteclora_config": ("MonteCLoRA", "it samples its factors around stored means", _MERGED_WAY_OUT),
-    "velora_config": ("VeLoRA", "it has not been checked how its saved factors relate to the update", _MERGED_WAY_OUT),
+    "monteclora_config": ("MonteCLoRA", "it samples its factors around stored means", _CONVERT),
+    "velora_config": ("VeLoRA", "it trains its factors with other gradients than a plain LoRA", _CONVERT),
 }
 
 # Initialisations that change the base weights: the stored factors are then not the change against the original model.
@@ -51,6 +52,8 @@ _MUTATING_INITS = {
     "loftq": "LoftQ replaces the base weights by quantised ones fitted together with the adapter",
 }
 _HARMLESS_INITS = {"gaussian", "eva", "orthogonal", "mica", "true", "false", "none"}
+
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 
 # Fields of PEFT 0.21.2 that choose a variant; another one that is set may change what the factors mean.
 _KNOWN_VARIANTS = {
@@ -85,24 +88,49 @@ def read_config(folder: Path, *, of_pair: bool = False) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.exists():
         raise LoraSqueezeError(f"{folder}: no {CONFIG_NAME}; is this the folder of a PEFT adapter?")
-    try:
-        config = json.loads(read_regular(path, _MAX_CONFIG_BYTES).decode("utf-8"))
-    except LoraSqueezeError:
-        raise
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise LoraSqueezeError(
-            f"{path}: not valid JSON ({error}); restore the file from where the adapter came"
-        ) from None
+    config = read_json(path)
     if not isinstance(config, dict):
         raise LoraSqueezeError(f"{path}: expected an object, found {type(config).__name__}")
     if "fine_tune_type" in config and "peft_type" not in config:
         raise LoraSqueezeError(f"{path}: this is the configuration of an mlx-lm adapter, not of a PEFT one")
     try:
         check_kind({**config, "init_lora_weights": True} if of_pair and subtracts(config) else config)
-        _check_numbers(config)
+        check_numbers(config)
+        patterns = {field: _patterns(field, config) for field in _PATTERNS if config.get(field)}
     except LoraSqueezeError as error:
         raise LoraSqueezeError(f"{path}: {error}") from None
-    return config
+    return {**config, **patterns}
+
+
+def read_json(path: Path) -> Any:
+    """The content of a configuration file.
+
+    Raises:
+        LoraSqueezeError: missing, no regular file, not JSON, or larger or nested deeper than any configuration is.
+    """
+    raw = read_regular(path, _MAX_CONFIG_BYTES + 1)
+    if len(raw) > _MAX_CONFIG_BYTES:
+        raise LoraSqueezeError(
+            f"{path}: more than {_MAX_CONFIG_BYTES} bytes, no configuration is so large; restore the file from where "
+            "the adapter came"
+        )
+    try:
+        found = json.loads(raw.decode("utf-8"))
+        check_depth(found, _MAX_DEPTH)
+    except (ValueError, RecursionError) as error:
+        raise LoraSqueezeError(
+            f"{path}: not valid JSON ({error}); restore the file from where the adapter came"
+        ) from None
+    return found
+
+
+def check_depth(value: Any, left: int) -> None:
+    """Refuse what could be read, but not be shown or written again: writing takes more of the stack than reading."""
+    if not left:
+        raise ValueError(f"nested more than {_MAX_DEPTH} deep")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if isinstance(item, dict | list):
+            check_depth(item, left - 1)
 
 
 def subtracts(config: Mapping[str, Any]) -> str | None:
@@ -120,8 +148,8 @@ def check_kind(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise LoraSqueezeError(
-            f"peft_type is {kind!r}; only LORA adapters are squeezed. For another method with a weight update: "
-            f"{_DENSE_WAY_OUT}"
+            f"peft_type is {kind!r:.80}; only LORA adapters are squeezed. For another method with a weight update: "
+            f"{_CONVERT}, with --base MODEL where it depends on the base weights"
         )
     for field, (name, reason, way_out) in _REFUSED_FIELDS.items():
         if config.get(field):
@@ -131,63 +159,70 @@ def check_kind(config: Mapping[str, Any]) -> None:
         if init.startswith(prefix):
             way_out = _MERGED_WAY_OUT if prefix == "loftq" else _CONVERTED_WAY_OUT  # PEFT converts all but LoftQ
             raise LoraSqueezeError(
-                f"init_lora_weights is {init!r}: {reason}, so the stored factors are not the whole change. "
+                f"init_lora_weights is {init!r:.80}: {reason}, so the stored factors are not the whole change. "
                 f"Way out: {way_out}"
             )
     if init not in _HARMLESS_INITS:
         raise LoraSqueezeError(
-            f"init_lora_weights {init!r} is not known here; if it leaves the base weights as they are, set it to true"
+            f"init_lora_weights {init!r:.80} is not known here; if it leaves the base weights as they are, set it to "
+            "true"
         )
     for field, value in config.items():
         if field not in _KNOWN_VARIANTS and value and (field.startswith("use_") or field.endswith("_config")):
             raise LoraSqueezeError(
-                f"unknown field {field!r} is set and may change what the factors mean; if it does not, remove it"
+                f"unknown field {field!r:.80} is set and may change what the factors mean; if it does not, remove it"
             )
 
 
-def _check_numbers(config: Mapping[str, Any]) -> None:
+def check_numbers(config: Mapping[str, Any]) -> None:
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     if not is_number(rank) or rank < 1 or rank != int(rank):
-        raise LoraSqueezeError(f"r must be a whole number from 1, found {rank!r}")
+        raise LoraSqueezeError(f"r must be a whole number from 1, found {rank!r:.80}")
     if not is_number(alpha):
-        raise LoraSqueezeError(f"lora_alpha must be a finite number, found {alpha!r}")
-    for field in ("rank_pattern", "alpha_pattern"):
+        raise LoraSqueezeError(f"lora_alpha must be a finite number, found {alpha!r:.80}")
+    for field in _PATTERNS:
         patterns = config.get(field) or {}
         if not isinstance(patterns, dict):
             raise LoraSqueezeError(f"{field} must be an object of pattern and number, found {type(patterns).__name__}")
         for pattern, value in patterns.items():
             if not is_number(value):
-                raise LoraSqueezeError(f"{field}[{pattern!r}] must be a finite number, found {value!r}")
+                raise LoraSqueezeError(f"{field}[{pattern!r:.80}] must be a finite number, found {value!r:.80}")
             if field == "rank_pattern" and (value < 1 or value != int(value)):
-                raise LoraSqueezeError(f"{field}[{pattern!r}] must be a whole number from 1, found {value!r}")
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise LoraSqueezeError(f"{field}: {pattern!r} is not a regular expression ({error})") from None
+                raise LoraSqueezeError(f"{field}[{pattern!r:.80}] must be a whole number from 1, found {value!r:.80}")
     targets = config.get("target_modules") or []
     if isinstance(targets, str):
         try:
-            re.compile(targets)
-        except re.error as error:
-            raise LoraSqueezeError(f"target_modules: {targets!r} is not a regular expression ({error})") from None
+            Expression(targets)
+        except LoraSqueezeError as error:
+            raise LoraSqueezeError(f"target_modules: {error}") from None
     elif not isinstance(targets, list) or not all(isinstance(item, str) for item in targets):
         raise LoraSqueezeError(f"target_modules must be an expression or a list of names, found {targets!r:.80}")
     for field in ("target_parameters", "modules_to_save"):
         value = config.get(field) or []
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise LoraSqueezeError(f"{field} must be a list of names, found {value!r:.80}")
+    excluded = config.get("exclude_modules") or []
+    if not isinstance(excluded, str | list) or not all(isinstance(item, str) for item in excluded):
+        raise LoraSqueezeError(f"exclude_modules must be an expression or a list of names, found {excluded!r:.80}")
+
+
+def _patterns(field: str, config: Mapping[str, Any]) -> Patterns:
+    try:
+        return Patterns(config[field])
+    except LoraSqueezeError as error:
+        raise LoraSqueezeError(f"{field}: {error}") from None
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+    """Whether it is a number that can be reckoned with: squares of scales are formed."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e100 < value < 1e100
 
 
 def pattern_value(patterns: Mapping[str, float | int] | None, key: str, default: float | int) -> float | int:
     """The value of the first pattern that matches the end of a module path, as PEFT looks it up."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", key):
-            return value
-    return default
+    if not patterns:
+        return default
+    return (patterns if isinstance(patterns, Patterns) else Patterns(patterns)).value(key, default)
 
 
 def scale_of(config: Mapping[str, Any], key: str, rank: int) -> float:

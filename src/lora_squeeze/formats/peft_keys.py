@@ -13,15 +13,17 @@ import torch
 from lora_squeeze.adapter import Extra, Module, common_dtype
 from lora_squeeze.data_aware import TIED
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.formats.patterns import Patterns
 from lora_squeeze.formats.peft_config import pattern_value, scale_of
-from lora_squeeze.formats.safetensors_header import quoted
+from lora_squeeze.formats.peft_targets import NESTED as NESTED
+from lora_squeeze.formats.peft_targets import TIED_HEADS, Saved, Targets
+from lora_squeeze.formats.safetensors_header import check_shown, quoted
 
 PREFIX = "base_model.model."
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 # "<path>.lora_A.weight", "<path>.lora_embedding_A"; old files have the adapter's name before ".weight" or at the end.
 _FACTOR = re.compile(r"^(?P<path>.+)\.(?P<what>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?P<rest>(?:\.[^.]+)*)$")
-NESTED = ".base_layer"
 _UNSQUEEZABLE = {
     "lora_magnitude_vector": "DoRA (its magnitude vector rescales base weight and update together)",
     "lora_diag": "KaSA (a diagonal stands between A and B)",
@@ -32,7 +34,7 @@ _UNSQUEEZABLE = {
 }
 # Parameters of one expert module in the order in which models declare them: PEFT nests their wrappers in that order.
 DECLARED = {"gate_up_proj": 0, "gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
-_TIED_HEADS = {"lm_head", "embed_out", "output_projection"}
+_MAX_NESTED = 64  # wrappers around one module; models have up to three parameters to wrap
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def parse(shapes: Shapes, config: Mapping[str, Any]) -> tuple[dict[str, Module],
     Raises:
         LoraSqueezeError: an orphan factor, factors that do not fit, a tensor that changes the meaning of the update.
     """
+    check_shown(shapes)
     factors: dict[str, dict[str, str]] = defaultdict(dict)
     rest: list[str] = []
     names: set[str] = set()
@@ -92,16 +95,22 @@ def parse(shapes: Shapes, config: Mapping[str, Any]) -> tuple[dict[str, Module],
     wrappers = defaultdict(list)
     for path in factors:
         wrappers[path.replace(NESTED, "")].append(path)
+    if any(len(paths) > _MAX_NESTED for paths in wrappers.values()):
+        raise LoraSqueezeError(f"more than {_MAX_NESTED} wrappers around one module; no model has so many parameters")
+    config = {**config, **{field: Patterns(config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern")}}
+    targets = Targets(config)
     notes: list[str] = []
     modules: dict[str, Module] = {}
     for path, keys in factors.items():
-        module = _module(path, keys, shapes, config, wrappers[path.replace(NESTED, "")], notes)
+        module = _module(path, keys, shapes, config, targets, wrappers[path.replace(NESTED, "")], notes)
         if module.name in modules:
             raise LoraSqueezeError(f"two modules have the name {quoted(module.name)}")
         modules[module.name] = module
     _check_nesting(modules)
     modules = _tied(modules, config)
-    extras = {key: _extra(key, shapes, config, modules) for key in rest}
+    owners = {module.layout.path: module.name for module in modules.values()}
+    saved = Saved(config.get("modules_to_save") or [])
+    extras = {key: _extra(key, shapes, config, owners, saved) for key in rest}
     floors = {extra.module for extra in extras.values() if extra.module}
     # Tensors of the layer inside a wrapper ("....base_layer.bias") find no place on loading once the wrapper is gone.
     inside = {_without_prefix(key).rpartition(f"{NESTED}.")[0] for key in rest}
@@ -129,7 +138,13 @@ def _no_factors(keys: list[str]) -> str:
 
 
 def _module(
-    path: str, keys: dict[str, str], shapes: Shapes, config: Mapping[str, Any], siblings: list[str], notes: list[str]
+    path: str,
+    keys: dict[str, str],
+    shapes: Shapes,
+    config: Mapping[str, Any],
+    targets: Targets,
+    siblings: list[str],
+    notes: list[str],
 ) -> Module:
     embedding = "embedding_A" in keys or "embedding_B" in keys
     a_key, b_key = (keys.get(side) for side in (("embedding_A", "embedding_B") if embedding else ("A", "B")))
@@ -161,9 +176,9 @@ def _module(
     elif len(a) == len(b) == 2:
         if a[0] != b[1]:
             raise wrong
-        targets = _targets(path, config)
-        if targets:
-            return _experts(layout, dtype, a, b, config, siblings, targets)
+        parameters = targets.parameters(path)
+        if parameters:
+            return _experts(layout, dtype, a, b, config, siblings, parameters)
         rank = a[0]
         module = Module(path, rank, scale_of(config, path, rank), dtype, b[0], a[1], layout=layout)
     else:
@@ -274,33 +289,6 @@ def _check_nesting(modules: Mapping[str, Module]) -> None:
                 )
 
 
-def _targets(path: str, config: Mapping[str, Any]) -> list[str]:
-    """Names of the parameters of this module that target_parameters asks for; none if the module itself is a target.
-
-    A bare name such as "gate_up_proj" could stand in any module. PEFT never adapts a module and a parameter of it, so
-    what target_modules lists is a module.
-    """
-    if _is_target_module(path.removesuffix(f"{NESTED}.out_proj"), config):
-        return []
-    base = path.replace(NESTED, "")
-    found = []
-    for target in config.get("target_parameters") or []:
-        module, _, name = target.rpartition(".")
-        if not module or base == module or base.endswith(f".{module}"):
-            found.append(name)
-    return sorted(set(found))
-
-
-def _is_target_module(path: str, config: Mapping[str, Any]) -> bool:
-    """Whether target_modules names this module, as PEFT looks it up; or PEFT adds it as the tied output head."""
-    targets = config.get("target_modules") or []
-    if config.get("ensure_weight_tying") and path.rpartition(".")[2] in _TIED_HEADS:
-        return True
-    if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
-    return any(path == target or path.endswith(f".{target}") for target in targets)
-
-
 def _attention_output(module: Module, config: Mapping[str, Any]) -> Module:
     """The output projection inside nn.MultiheadAttention: PEFT gives it the rank and alpha of the attention module."""
     outer = module.name.removesuffix(f"{NESTED}.out_proj")
@@ -321,12 +309,7 @@ def _check_rank(module: Module, config: Mapping[str, Any], notes: list[str]) -> 
         notes.append(
             f"{module.name}: the configuration says rank {told:g}, the tensors have {found}; the tensors are used"
         )
-    alphas = {
-        value
-        for pattern, value in (config.get("alpha_pattern") or {}).items()
-        if re.match(rf"(.*\.)?({pattern})$", module.name)
-    }
-    if len(alphas) > 1:
+    if len(config["alpha_pattern"].values_of(module.name)) > 1:
         notes.append(
             f"{module.name}: several alpha patterns match; the first in the file counts, as when PEFT loads it"
         )
@@ -340,7 +323,7 @@ def _tied(modules: dict[str, Module], config: Mapping[str, Any]) -> dict[str, Mo
         if f"attention {name}" in attention:
             group[name] = f"attention {name}"
         elif config.get("ensure_weight_tying") and (
-            module.kind == "embedding" or name.rpartition(".")[2] in _TIED_HEADS
+            module.kind == "embedding" or name.rpartition(".")[2] in TIED_HEADS
         ):
             group[name] = TIED
     if any(re.search(r"\.experts\.\d+\.", name) for name in modules):
@@ -349,7 +332,7 @@ def _tied(modules: dict[str, Module], config: Mapping[str, Any]) -> dict[str, Mo
     return {name: replace(m, group=group[name], floor=1) if name in group else m for name, m in modules.items()}
 
 
-def _extra(key: str, shapes: Shapes, config: Mapping[str, Any], modules: Mapping[str, Module]) -> Extra:
+def _extra(key: str, shapes: Shapes, config: Mapping[str, Any], owners: Mapping[str, str], saved: Saved) -> Extra:
     dtype, shape = shapes[key]
     for mark, kind in _UNSQUEEZABLE.items():
         if mark in key:
@@ -357,19 +340,19 @@ def _extra(key: str, shapes: Shapes, config: Mapping[str, Any], modules: Mapping
     bare = _without_prefix(key)
     match = _FACTOR.match(key)
     if match:
-        owner = next((m for m in modules.values() if m.layout.path == _without_prefix(match["path"])), None)
+        owner = owners.get(_without_prefix(match["path"]))
         if match["what"] != "lora_B" or owner is None:
             raise LoraSqueezeError(f"orphan bias {quoted(key)}: there is no LoRA module for it in the file")
-        return Extra(key, dtype, shape, "lora bias", "lora_bias is on: B has a bias", module=owner.name)
+        return Extra(key, dtype, shape, "lora bias", "lora_bias is on: B has a bias", module=owner)
     if ".lora_" in key:
         raise LoraSqueezeError(f"{quoted(key)} is no tensor that a plain LoRA has; its meaning is not known here")
     if "trainable_tokens" in bare:
         return Extra(key, dtype, shape, "trainable tokens", "rows of the embedding for trainable_token_indices")
-    saved = config.get("modules_to_save") or []
-    if any(re.search(rf"(^|\.){re.escape(name)}(\.|$)", bare) for name in saved):
-        return Extra(key, dtype, shape, "module to save", f"modules_to_save lists {', '.join(saved)}: trained in full")
+    if saved.holds(bare):
+        return Extra(key, dtype, shape, "module to save", saved.cause)
     if bare.endswith(".bias"):
-        return Extra(key, dtype, shape, "bias", f"bias is {config.get('bias', 'none')!r}: biases are saved in full")
+        cause = f"bias is {config.get('bias', 'none')!r:.80}: biases are saved in full"
+        return Extra(key, dtype, shape, "bias", cause)
     if bare.endswith(
         (".base_layer.weight", "embed_tokens.weight", "lm_head.weight", "word_embeddings.weight", "wte.weight")
     ):

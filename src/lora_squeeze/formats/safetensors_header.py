@@ -7,7 +7,7 @@ The JSON maps each name to ``{"dtype", "shape", "data_offsets": [begin, end]}`` 
 import json
 import math
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +40,15 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MAX_SIZE = 2**63 - 1  # torch counts elements and bytes in signed 64 bits
 _MAX_DIMS = 64  # more than torch's own operations take
 _METADATA = "__metadata__"
+_MAX_NAME = 4096  # characters of a tensor's name; models have up to 200
 
 
 def quoted(text: object, limit: int = 120) -> str:
     """Text of unknown origin made safe to print: quoted, control characters escaped, cut after ``limit`` characters."""
-    shown = repr(str(text)[: limit + 1])
+    try:
+        shown = repr(str(text)[: limit + 1])
+    except (RecursionError, ValueError):  # lists in lists; a number of more digits than Python writes
+        shown = repr(f"{type(text).__name__} beyond showing")
     return shown if len(shown) <= limit + 2 else f"{shown[: limit + 1]}...{shown[0]}"
 
 
@@ -144,6 +148,22 @@ def check_name(name: str) -> None:
         return
     found = f"{quoted(bad)} in its name" if bad else "a reserved name" if name else "an empty name"
     raise LoraSqueezeError(f"tensor {quoted(name)}: {found}; rename the tensor and write the file again")
+
+
+def check_shown(names: Iterable[str]) -> None:
+    """Refuse names of an adapter that mislead where they are shown, or that take long to take apart.
+
+    That is changes of direction, signs that are not seen, line ends, and names of absurd length.
+    """
+    for name in names:
+        if len(name) > _MAX_NAME:
+            raise damaged(f"tensor {quoted(name)}: a name of {len(name)} characters, up to {_MAX_NAME} are read")
+        if name.isprintable():
+            continue
+        if bad := next((c for c in name if unicodedata.category(c) in ("Cf", "Zl", "Zp")), None):
+            raise LoraSqueezeError(
+                f"tensor {quoted(name)}: {quoted(bad)} in its name; rename the tensor and write the file again"
+            )
 
 
 def _parse_entry(name: str, fields: Any, start: int, size: int) -> Entry:

@@ -1,0 +1,208 @@
+"""From any adapter to a plain LoRA in any format: the modules get the names of the other format, and are squeezed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_squeeze.adapter import Adapter
+from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.formats.borrowed import Borrowed, Origin
+from lora_squeeze.formats.peft import PeftFormat
+from lora_squeeze.ranks import RULES
+
+_BARE = {"bias": "none", "lora_bias": False, "modules_to_save": None, "trainable_token_indices": None}  # of PEFT
+FORMATS = ("peft", "diffusers", "kohya", "gguf", "mlx")
+
+
+def convert(
+    adapter: Adapter,
+    to: str,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    component: str | None = None,
+    architecture: str | None = None,
+    exclude: str | Sequence[str] | None = None,
+    extras: bool = True,
+    **dials: Any,
+) -> Adapter:
+    """The same updates as a plain LoRA in another format, squeezed by any dial.
+
+    Args:
+        adapter: what to convert, from `lora_squeeze.load` or `lora_squeeze.sources.open_source`.
+        to: "peft", "diffusers", "kohya", "gguf" or "mlx".
+        base: the base model, where names or rows depend on it. To "gguf": its folder, hub id or GGUF file; the file is
+            also checked against the adapter. From "gguf": its folder or hub id with safetensors. To "peft": the name
+            that the configuration gives; default the one that the adapter has.
+        component: of a diffusion pipeline, such as "unet", "transformer" or "text_encoder". To "diffusers": where the
+            modules belong, if they do not say it. From a pipeline's file to "peft": the one to take, since a PEFT
+            adapter is of one model.
+        architecture: of kohya's names, such as "sdxl"; default found from the names.
+        exclude: a regular expression, or several, of modules to leave out; each must match a whole name.
+        extras: False leaves out the tensors beside the factors: trained embeddings, heads and biases.
+        dials: any of `lora_squeeze.squeeze`, such as rank=16 or size="10MB". Without one the rank stays.
+
+    Returns:
+        A new lazy Adapter. Its report says the energy kept; without a dial nothing is lost but one rounding of B, where
+        a scale has to be rewritten.
+
+    Raises:
+        LoraSqueezeError: a module, tensor or setting that the format cannot hold, by name and with the way out; a base
+            model or component that is needed and not given.
+
+    Notes:
+        Nothing is read until the result is squeezed or saved, but for the header; one batch of modules is in memory.
+
+    Example:
+        >>> convert(lora_squeeze.load("style"), "gguf", base="model.gguf").save("style.gguf")  # doctest: +SKIP
+    """
+    if to not in FORMATS:
+        raise LoraSqueezeError(f"unknown format {to!r}: choose one of {', '.join(FORMATS)}")
+    before = adapter.format.name
+    adapter = _without(adapter, exclude, extras)
+    adapter = in_format(adapter, to, base, component, architecture)
+    if before == to == "kohya":
+        from lora_squeeze.formats import kohya
+
+        adapter = kohya.anew(adapter)
+    step = {"step": "convert", "from": before, "to": to}
+    adapter = replace(adapter, history=(*adapter.history, step))
+    given = {name: value for name, value in dials.items() if value is not None}
+    if any(name in given for name in (*RULES, "max_rank", "plan")):
+        return adapter.squeeze(**given)
+    if adapter.parameters > sum(m.copies * m.out_features * m.in_features for m in adapter.modules.values()):
+        raise LoraSqueezeError(
+            f"at its full rank, up to {adapter.rank}, this holds more numbers than the weights themselves: say how "
+            "small it shall be, such as rank=16 (--rank 16)"
+        )
+    whole = adapter.squeeze(**given, rank=adapter.rank)
+    return replace(whole, history=adapter.history)
+
+
+def _without(adapter: Adapter, exclude: str | Sequence[str] | None, extras: bool) -> Adapter:
+    """The adapter without the modules that match, and without the tensors beside the factors."""
+    patterns = [exclude] if isinstance(exclude, str) else list(exclude or ())
+    try:
+        compiled = [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise LoraSqueezeError(f"exclude: not a regular expression ({error})") from None
+    out = {name for name in adapter.modules if any(pattern.fullmatch(name) for pattern in compiled)}
+    idle = [p.pattern for p in compiled if not any(p.fullmatch(name) for name in adapter.modules)]
+    if idle:
+        raise LoraSqueezeError(
+            f"exclude: {idle[0]!r} is the whole name of no module; the first is {next(iter(adapter.modules))}"
+        )
+    if len(out) == len(adapter.modules):
+        raise LoraSqueezeError("exclude leaves no module to convert")
+    kept = {key: extra for key, extra in adapter.extras.items() if extras and extra.module not in out}
+    dropped = (*adapter.dropped, *sorted(out))
+    bare = isinstance(adapter.format, PeftFormat) and adapter.extras and not extras
+    return replace(
+        adapter,
+        modules={name: module for name, module in adapter.modules.items() if name not in out},
+        extras=kept,
+        config={**adapter.config, **_BARE} if bare else adapter.config,
+        dropped=dropped,
+        notes=(*adapter.notes, *_told(adapter, out, extras)),
+    )
+
+
+def _told(adapter: Adapter, out: set[str], extras: bool) -> list[str]:
+    notes = [f"{len(out)} modules are left out as asked"] if out else []
+    if adapter.extras and not extras:
+        notes.append(
+            f"{len(adapter.extras)} tensors beside the factors are left out as asked ({next(iter(adapter.extras))})"
+        )
+    return notes
+
+
+def in_format(
+    adapter: Adapter,
+    to: str,
+    base: str | os.PathLike[str] | None = None,
+    component: str | None = None,
+    architecture: str | None = None,
+) -> Adapter:
+    """The adapter as it is, in another format. Arguments and errors as for `convert`."""
+    if adapter.format.name == to:
+        return adapter
+    home = adapter.format.home
+    found = _adopted(_neutral(adapter, base, architecture), to, base, component, architecture)
+    return replace(found, format=replace(found.format, home=home))  # type: ignore[type-var]  # all are dataclasses
+
+
+def _neutral(adapter: Adapter, base: str | os.PathLike[str] | None, architecture: str | None) -> Adapter:
+    """The adapter with the names that its modules have in transformers or diffusers."""
+    if adapter.format.name == "gguf":
+        return _from_gguf(adapter, base)
+    if adapter.format.name == "kohya":
+        from lora_squeeze.formats import kohya_names
+
+        return kohya_names.neutral(adapter, architecture)
+    return adapter
+
+
+def _adopted(
+    adapter: Adapter,
+    to: str,
+    base: str | os.PathLike[str] | None,
+    component: str | None,
+    architecture: str | None,
+) -> Adapter:
+    """The adapter, whose names are those of the model, in another format."""
+    from lora_squeeze.formats import gguf_names, to_gguf, to_mlx, to_peft
+
+    if to == "diffusers":
+        from lora_squeeze.formats import to_diffusers
+
+        return to_diffusers.adopt(adapter, component)
+    if to == "kohya":
+        from lora_squeeze.formats import to_kohya
+
+        return to_kohya.adopt(adapter, architecture)
+    if to == "gguf":
+        if base is None:
+            raise LoraSqueezeError(
+                "GGUF has other names and another order of rows, which depend on the base model: name its folder, hub "
+                "id or GGUF file with base= (--base)"
+            )
+        return to_gguf.adopt(adapter, gguf_names.open_gguf_base(base))
+    if adapter.format.name in ("diffusers", "kohya"):
+        adapter = _of_component(adapter, component)
+    return to_mlx.adopt(adapter) if to == "mlx" else to_peft.adopt(adapter, None if base is None else str(base))
+
+
+def _from_gguf(adapter: Adapter, base: str | os.PathLike[str] | None) -> Adapter:
+    from lora_squeeze.base_model import open_base
+    from lora_squeeze.formats import gguf_names, to_gguf
+
+    if base is None or Path(base).expanduser().is_file():
+        raise LoraSqueezeError(
+            "names of GGUF are those of llama.cpp, and its rows may stand in another order: name the folder or hub id "
+            "of the base model in transformers with base= (--base)"
+        )
+    return to_gguf.neutral(adapter, gguf_names.open_gguf_base(base), open_base(base))
+
+
+def _of_component(adapter: Adapter, component: str | None) -> Adapter:
+    """The modules of one component of a pipeline, without its name in front."""
+    found = list(dict.fromkeys(name.partition(".")[0] for name in adapter.modules))
+    chosen = component or (found[0] if len(found) == 1 else None)
+    if chosen not in found:
+        raise LoraSqueezeError(
+            f"the adapter has modules of {', '.join(found)}, an adapter of the other format those of one model: choose "
+            "one with component= (--component)"
+        )
+    prefix = f"{chosen}."
+    names = {name.removeprefix(prefix): name for name in adapter.modules if name.startswith(prefix)}
+    keys = {key.removeprefix(prefix): key for key in adapter.extras if key.startswith(prefix)}
+    return replace(
+        adapter,
+        modules={new: replace(adapter.modules[old], name=new) for new, old in names.items()},
+        extras={new: replace(adapter.extras[old], name=new) for new, old in keys.items()},
+        source=Borrowed(adapter, {new: Origin(old) for new, old in names.items()}, keys),
+    )

@@ -1,0 +1,77 @@
+"""What a PEFT configuration asks for by name: target modules, target parameters, modules to save."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_squeeze.formats.expressions import Expression
+from lora_squeeze.formats.safetensors_header import quoted
+
+NESTED = ".base_layer"
+TIED_HEADS = frozenset({"lm_head", "embed_out", "output_projection"})
+_MAX_PARTS = 32  # of a name in modules_to_save
+
+
+class Targets:
+    """What target_modules and target_parameters ask for."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        targets = config.get("target_modules") or []
+        self._modules = Expression(targets) if isinstance(targets, str) else frozenset(targets)
+        self._heads = TIED_HEADS if config.get("ensure_weight_tying") else frozenset[str]()
+        self._parameters: dict[str, set[str]] = defaultdict(set)
+        for target in config.get("target_parameters") or []:
+            module, _, name = target.rpartition(".")
+            self._parameters[module].add(name)
+
+    def parameters(self, path: str) -> list[str]:
+        """Names of the parameters of this module that are asked for; none if the module itself is a target.
+
+        A bare name such as "gate_up_proj" could stand in any module. PEFT never adapts a module and a parameter of it,
+        so what target_modules lists is a module.
+        """
+        if not self._parameters or self._is_module(path.removesuffix(f"{NESTED}.out_proj")):
+            return []
+        ends = ("", *_ends(path.replace(NESTED, "")))
+        return sorted(set().union(*(self._parameters[end] for end in ends if end in self._parameters)))
+
+    def _is_module(self, path: str) -> bool:
+        """Whether target_modules names this module, as PEFT looks it up; or PEFT adds it as the tied output head."""
+        if path.rpartition(".")[2] in self._heads:
+            return True
+        if isinstance(self._modules, Expression):
+            return self._modules.matches(path)
+        return any(end in self._modules for end in _ends(path))
+
+
+def _ends(path: str) -> list[str]:
+    """The path, and what is left of it behind each dot."""
+    return [path, *(path[i + 1 :] for i, letter in enumerate(path) if letter == ".")]
+
+
+class Saved:
+    """What modules_to_save lists."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._parts: dict[str, Any] = {}  # first part -> second part -> ... -> "." where a name ends
+        for name in names:
+            inner = self._parts
+            for part in name.split("."):
+                inner = inner.setdefault(part, {})
+            inner["."] = {}
+        self.cause = f"modules_to_save lists {quoted(', '.join(names))[1:-1]}: trained in full"
+
+    def holds(self, name: str) -> bool:
+        """Whether the tensor belongs to one of them: some parts of its name that follow one another are theirs."""
+        parts = name.split(".")
+        for start in range(len(parts)):
+            inner = self._parts
+            for part in parts[start : start + _MAX_PARTS]:
+                inner = inner.get(part, {})
+                if not inner:
+                    break
+                if "." in inner:
+                    return True
+        return False

@@ -1,0 +1,92 @@
+"""What a conversion can begin with: an adapter of any kind, a trained adapter and its start, or a fine-tuned model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_squeeze.adapter import Adapter
+from lora_squeeze.base_model import open_base
+from lora_squeeze.combine import subtract
+from lora_squeeze.combine_pair import load_pair
+from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.formats.peft_config import CONFIG_NAME, check_kind
+from lora_squeeze.formats.safetensors_io import read_regular
+from lora_squeeze.hub import load, locate
+
+if TYPE_CHECKING:
+    from lora_squeeze.base_model import BaseModel
+
+_MODEL_CONFIG = "config.json"
+_MAX_CONFIG_BYTES = 10**8
+
+
+def open_source(
+    source: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    initial: str | os.PathLike[str] | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+) -> Adapter:
+    """Read what `lora_squeeze.convert` takes.
+
+    Args:
+        source: an adapter as for `lora_squeeze.load`, the folder of a PEFT adapter of another method, or the folder of
+            a fine-tuned model.
+        base: the base model's folder or hub id. A fine-tuned model is compared with it; methods that rescale or rotate
+            the base weight, such as DoRA or OFT, need it.
+        initial: the adapter as it was before the training, for PiSSA, OLoRA, CorDA and LoRA-GA, which change the base
+            weights at the start. The result has twice the rank.
+        subfolder, revision: as for `lora_squeeze.load`.
+
+    Returns:
+        A lazy Adapter.
+
+    Raises:
+        LoraSqueezeError: as `lora_squeeze.load`; a base model that is needed and not given.
+    """
+    if initial is not None:
+        return subtract(*load_pair(Path(source), Path(initial)))
+    path = Path(source).expanduser()
+    if path.is_dir() and not subfolder and (path / _MODEL_CONFIG).is_file() and not (path / CONFIG_NAME).exists():
+        return _extracted(path, base)
+    place = locate(source, subfolder=subfolder, revision=revision)
+    if place.is_dir() and _is_other_method(place):
+        from lora_squeeze.formats import peft_methods
+
+        return peft_methods.load(place, base=_opened(base))
+    return load(place)
+
+
+def _is_other_method(folder: Path) -> bool:
+    """Whether this is a PEFT adapter that is no plain LoRA. One that changed its base at the start needs that start."""
+    try:
+        config: Any = json.loads(read_regular(folder / CONFIG_NAME, _MAX_CONFIG_BYTES))
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(config, dict) or "peft_type" not in config:
+        return False
+    try:
+        check_kind({**config, "init_lora_weights": True})
+    except LoraSqueezeError:
+        return True
+    return False
+
+
+def _opened(base: str | os.PathLike[str] | None) -> BaseModel | None:
+    return None if base is None or Path(base).expanduser().is_file() else open_base(base)
+
+
+def _extracted(tuned: Path, base: str | os.PathLike[str] | None) -> Adapter:
+    """The difference of two models."""
+    from lora_squeeze.formats import dense
+
+    if base is None:
+        raise LoraSqueezeError(
+            f"{tuned} is a whole model, no adapter: name the model that it was tuned from with base= (--base), and the "
+            "difference is extracted"
+        )
+    return dense.extract(tuned, base)
