@@ -1,6 +1,7 @@
 """More hostile files: those of kohya and LyCORIS, GGUF, shards, plans, statistics, and what is no file at all."""
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -118,6 +119,7 @@ def with_index(name: str, content: bytes | Mapping[str, Any], *fragments: str) -
 
 for i, path in enumerate(("../secret.safetensors", "/etc/passwd", "a/../../secret.safetensors", "..", "a\0b")):
     with_index(f"shard_path_{i}", {"weight_map": {"a": path}}, REFUSED)
+with_index("shard_of_a_long_name", {"weight_map": {"a": "x" * 5000}}, "is missing")
 with_index("shard_of_escapes", {"weight_map": {"a": ESCAPE}}, "is missing")
 with_index("shard_of_a_number", {"weight_map": {"a": 3}}, "names '3', which is no file beside it")
 with_index("deep_index", b'{"weight_map":' + b"[" * 10**6, "no readable index")
@@ -135,6 +137,16 @@ def with_plan(name: str, content: str, *fragments: str, suffix: str = "toml") ->
 
 with_plan("plan_deep", "format = 1\nasked = { a = " + "[" * 10**5, "no readable TOML")
 with_plan("plan_deep_json", '{"format": 1, "asked": ' + "[" * 10**5, "no readable TOML, or JSON", suffix="json")
+with_plan("plan_rank_of_4000_digits", f"format = 1\n[modules]\na = -{10**4000}\n", "a number of more than 64 bits")
+with_plan("plan_hexadecimal", f"format = 0x{'f' * 5000}\n", "a number of more than 64 bits")
+with_plan("plan_long_dtype", f'format = 1\ndtype = "{"x" * 5000}"\n', "dtype of a plan must be one of")
+with_plan("plan_of_escapes", f'format = 1\n"{"x" * 5000}" = 1\n', "unknown key 'xxx")
+with_plan(
+    "plan_same_key_at_the_end",
+    "{" + "".join(f'"{i}": 0,' for i in range(300_000)) + '"299999": 1}',
+    "the key '299999' occurs twice",
+    suffix="json",
+)
 with_plan("plan_many_rows", "format = 1\n[modules]\n" + "".join(f"m{i} = 1\n" for i in range(20_000)))
 
 
@@ -149,9 +161,46 @@ def with_statistics(name: str, facts: Any, *fragments: str) -> None:
 
 
 FACTS = {"format": 1, "loss": 1.0, "examples": 3, "data": "d", "base": "b", "source_sha256": None, "rows": {}}
+with_statistics("statistics_infinite", {**FACTS, "examples": math.inf}, "no statistics of a calibration")
 with_statistics("statistics_deep", "[" * 10**6, "no statistics of a calibration")
 with_statistics("statistics_paths", {**FACTS, "rows": {"../../x": 1}}, "no tensor '../../x.C'")
 with_statistics("statistics_escapes", {**FACTS, "rows": {ESCAPE: 1}}, "no tensor '\\x1b]0;")
+
+
+@case()
+def _card_of_line_ends(folder: Path) -> Path:
+    write_folder(folder)
+    (folder / "README.md").write_text("\n" * 10**6 + "<!-- lora-squeeze -->" * 10**5)
+    return folder
+
+
+@case("no adapter_config.json here, but in its folders \\x1b]0;")
+def _folder_of_escapes(folder: Path) -> Path:
+    write_folder(folder / ESCAPE)
+    return folder
+
+
+@case("no adapter_config.json here, but \\x1b]0;")
+def _files_of_escapes(folder: Path) -> Path:
+    folder.mkdir()
+    for i in range(2):
+        (folder / f"{ESCAPE}{i}.gguf").touch()
+    return folder
+
+
+@case("not a regular file", reader="plan")
+def _plan_is_a_pipe(folder: Path) -> Path:
+    folder.mkdir()
+    os.mkfifo(folder / "plan.toml")
+    return folder / "plan.toml"
+
+
+@case("not a regular file", reader="plan")
+def _plan_is_zeros_without_end(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "plan.toml").symlink_to("/dev/zero")
+    return folder / "plan.toml"
+
 
 # --- what is no file ------------------------------------------------------------------------------------------------
 

@@ -429,6 +429,24 @@ def test_a_parameter_of_its_own_cannot_be_carried(tmp_path: Path) -> None:
     assert note_of(adapter, "no adapter can carry it").startswith("model.layers.0.A_log: ")
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint16, torch.float8_e4m3fn, torch.bool], ids=str)
+def test_buffers_of_any_dtype_are_compared(tmp_path: Path, dtype: torch.dtype) -> None:
+    tuned, base = two_models()
+    base |= {"ids": torch.zeros(6).to(dtype), "same": torch.ones(6).to(dtype), "empty": torch.ones(6, 0).to(dtype)}
+    tuned |= {"ids": torch.ones(6).to(dtype), "same": base["same"], "empty": base["empty"]}
+    adapter = extracted(tmp_path, tuned, base)
+    assert note_of(adapter, "no LoRA holds it").startswith("ids: ")
+
+
+def test_the_bias_of_a_longer_head_is_carried_over_the_rows_of_the_base(tmp_path: Path) -> None:
+    tuned, base = two_models()
+    base |= {"lm_head.weight": integers(40, 20, seed=1), "lm_head.bias": integers(40, seed=2)}
+    longer = {"lm_head.weight": integers(48, 20, seed=4), "lm_head.bias": integers(48, seed=5)}
+    adapter = extracted(tmp_path, tuned | longer, base, vocabulary="lora", carry=True)
+    assert adapter.modules["lm_head"].out_features == 40
+    assert torch.equal(adapter.extra("lm_head.bias"), longer["lm_head.bias"][:40] - base["lm_head.bias"])
+
+
 def test_what_only_the_base_has_is_named(tmp_path: Path) -> None:
     tuned, base = two_models()
     adapter = extracted(tmp_path, tuned, {**base, "lm_head.weight": integers(30, 20, seed=1)})

@@ -103,6 +103,6 @@ def _shards(folder: Path, index: Path) -> list[str]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise LoraSqueezeError(f"{quoted(index)}: names {quoted(name)}, which is no file beside it")
-        if not (folder / name).exists():
+        if not os.path.exists(folder / name):  # unlike Path.exists, False for a name too long
             raise LoraSqueezeError(f"{quoted(index)}: the shard {quoted(name)} is missing; get the model again")
     return sorted(names)

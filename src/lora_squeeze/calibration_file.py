@@ -110,7 +110,7 @@ class Calibration:
                 return cls(moments, **{name: kind(facts[name]) for name, kind in _FACTS.items()})
             except LoraSqueezeError as error:
                 raise LoraSqueezeError(f"{path}: {error}") from None
-            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
                 raise LoraSqueezeError(
                     f"{path}: no statistics of a calibration of this version; make them with lora-squeeze calibrate"
                 ) from None

@@ -103,14 +103,13 @@ def _only_file(folder: Path) -> Path:
         return folder / _PIPELINE_NAME
     inner = sorted(p.parent.name for p in folder.glob(f"*/{peft.CONFIG_NAME}"))
     if inner:
-        raise LoraSqueezeError(
-            f"{folder}: no {peft.CONFIG_NAME} here, but in its folders {', '.join(inner[:5])}; name one of them"
-        )
+        names = ", ".join(quoted(name)[1:-1] for name in inner[:5])
+        raise LoraSqueezeError(f"{folder}: no {peft.CONFIG_NAME} here, but in its folders {names}; name one of them")
     files = sorted(path for path in folder.glob("*") if path.suffix in (".safetensors", ".gguf"))
     if len(files) == 1 and files[0].name not in _FILES:
         return files[0]
     if len(files) > 1:
-        names = ", ".join(path.name for path in files[:5])
+        names = ", ".join(quoted(path.name)[1:-1] for path in files[:5])
         raise LoraSqueezeError(f"{folder}: no {peft.CONFIG_NAME} here, but {names}; name the file that is meant")
     raise LoraSqueezeError(f"{folder}: no {peft.CONFIG_NAME}; is this the folder of a PEFT adapter?")
 

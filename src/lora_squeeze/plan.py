@@ -64,7 +64,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
-            raise LoraSqueezeError(f"dtype of a plan must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+            raise LoraSqueezeError(f"dtype of a plan must be one of {', '.join(DTYPES)}, got {self.dtype!r:.80}")
         if self.default_rank is not None and self.default_rank < 1:
             raise LoraSqueezeError(f"default_rank of a plan must be at least 1, got {self.default_rank}")
 

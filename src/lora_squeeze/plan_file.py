@@ -21,6 +21,7 @@ import os
 import re
 import secrets
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,8 @@ from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.plan import Plan, PlanRow
 
 FORMAT = 1
+_MAX_BYTES = 10**7
+_MAX_NUMBER = 2**63 - 1
 _HEAD: dict[str, tuple[type, ...]] = {
     "adapter": (str,),
     "source_sha256": (str,),
@@ -59,15 +62,35 @@ def save(plan: Plan, path: Path, *, force: bool) -> None:
 def load(path: Path) -> Plan:
     """Read a plan; see `Plan.load`."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read(path)
         is_json = path.suffix == ".json"
         found = json.loads(text, object_pairs_hook=_unique) if is_json else tomllib.loads(text)
+        _check_numbers(found)
     except (OSError, ValueError, RecursionError) as error:  # both parsers raise kinds of ValueError
         raise LoraSqueezeError(f"{path}: no readable TOML, or JSON in a .json file ({error})") from None
     try:
         return _plan(found)
     except LoraSqueezeError as error:
         raise LoraSqueezeError(f"{path}: {error}") from None
+
+
+def _read(path: Path) -> str:
+    """The text of a plan; never waits on a pipe, or reads a device or a file that fills the memory."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")
+    with path.open("rb") as file:
+        raw = file.read(_MAX_BYTES + 1)
+    if len(raw) > _MAX_BYTES:
+        raise ValueError(f"more than {_MAX_BYTES} bytes")
+    return raw.decode("utf-8")
+
+
+def _check_numbers(found: Any) -> None:
+    """Refuse whole numbers that can be read, in hexadecimal, but not be written: Python limits the digits."""
+    if isinstance(found, int) and not -_MAX_NUMBER <= found <= _MAX_NUMBER:
+        raise ValueError("a number of more than 64 bits")
+    for value in found.values() if isinstance(found, dict) else found if isinstance(found, list) else ():
+        _check_numbers(value)
 
 
 def to_toml(plan: Plan) -> str:
@@ -118,8 +141,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; of two equal keys the second would silently win otherwise, as it does not in TOML."""
     result = dict(pairs)
     if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {next(key for key, count in counts.items() if count > 1)!r:.80} occurs twice")
     return result
 
 
@@ -128,14 +151,16 @@ def _plan(found: Any) -> Plan:
         raise LoraSqueezeError(f"no plan: expected a line format = {FORMAT} at the top")
     if found["format"] != FORMAT or isinstance(found["format"], bool):
         raise LoraSqueezeError(
-            f"the plan has format {found['format']!r}, this version reads {FORMAT}; make the plan again"
+            f"the plan has format {found['format']!r:.80}, this version reads {FORMAT}; make the plan again"
         )
     head = {key: value for key, value in found.items() if key not in ("format", "modules")}
     _check(head, _HEAD, "")
     for table in ("asked", "totals"):
         for key, value in head.get(table, {}).items():
             if not isinstance(value, (int, float, str, list)):
-                raise LoraSqueezeError(f"{table}: {key} must be a number, text or a list, got {value!r:.80}")
+                raise LoraSqueezeError(
+                    f"{table}: {repr(key)[1:-1]:.80} must be a number, text or a list, got {value!r:.80}"
+                )
     modules = found.get("modules", {})
     if not isinstance(modules, dict):
         raise LoraSqueezeError(f"modules must be a table of module names, got {modules!r:.80}")
@@ -146,11 +171,11 @@ def _row(name: str, value: Any) -> PlanRow:
     if not isinstance(value, dict):
         value = {"rank": value}
     hint = "" if "rank" in value else " (a module name with dots stands in quotes)"
-    _check(value, _ROW, f"module {name!r}: ", hint)
+    _check(value, _ROW, f"module {name!r:.80}: ", hint)
     if "rank" not in value:
-        raise LoraSqueezeError(f"module {name!r}: no rank")
+        raise LoraSqueezeError(f"module {name!r:.80}: no rank")
     if value["rank"] < 0:
-        raise LoraSqueezeError(f"module {name!r}: rank must be a whole number from 0, got {value['rank']}")
+        raise LoraSqueezeError(f"module {name!r:.80}: rank must be a whole number from 0, got {value['rank']}")
     return PlanRow(**value)
 
 
@@ -158,7 +183,7 @@ def _check(values: Mapping[str, Any], known: Mapping[str, tuple[type, ...]], whe
     """Refuse keys that are not known, and values of other types; in Python a truth value is a whole number too."""
     for key, value in values.items():
         if key not in known:
-            raise LoraSqueezeError(f"{where}unknown key {key!r}{hint}; known are {', '.join(known)}")
+            raise LoraSqueezeError(f"{where}unknown key {key!r:.80}{hint}; known are {', '.join(known)}")
         if not isinstance(value, known[key]) or isinstance(value, bool):
             kind = {str: "text", int: "a whole number", float: "a number", dict: "a table"}[known[key][-1]]
             raise LoraSqueezeError(f"{where}{key} must be {kind}, got {value!r:.80}")

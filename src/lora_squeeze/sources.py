@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.base_model import open_base
 from lora_squeeze.combine import subtract
 from lora_squeeze.combine_pair import load_pair
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.formats.peft_config import CONFIG_NAME, check_kind
-from lora_squeeze.formats.safetensors_io import read_regular
+from lora_squeeze.formats.peft_config import CONFIG_NAME, check_kind, read_json
 from lora_squeeze.hub import load, locate
 
 if TYPE_CHECKING:
     from lora_squeeze.base_model import BaseModel
 
 _MODEL_CONFIG = "config.json"
-_MAX_CONFIG_BYTES = 10**8
 
 
 def open_source(
@@ -64,8 +61,8 @@ def open_source(
 def _is_other_method(folder: Path) -> bool:
     """Whether this is a PEFT adapter that is no plain LoRA. One that changed its base at the start needs that start."""
     try:
-        config: Any = json.loads(read_regular(folder / CONFIG_NAME, _MAX_CONFIG_BYTES))
-    except (ValueError, RecursionError):
+        config = read_json(folder / CONFIG_NAME)
+    except LoraSqueezeError:  # the reader of the format says what is wrong with it
         return False
     if not isinstance(config, dict) or "peft_type" not in config:
         return False

@@ -15,6 +15,7 @@ from lora_squeeze.formats.safetensors_header import quoted
 from lora_squeeze.merging import row_blocks
 
 _SINGLE = torch.finfo(torch.float32).eps
+_COMPARABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def compare(tuned: Weights, tuned_key: str, base: Weights, base_key: str) -> Dif
         unequal = one != other
         changed += int(unequal.sum())
         numbers += one.numel()
-        to_mine = to_mine and torch.equal(one, other.to(my_dtype))
-        to_theirs = to_theirs and torch.equal(one.to(their_dtype), other)
+        to_mine = to_mine and torch.equal(one, other.to(my_dtype).to(one.dtype))
+        to_theirs = to_theirs and torch.equal(one.to(their_dtype).to(other.dtype), other)
         norm = math.hypot(norm, _norm(_minus(one, other)))
         base_norm = math.hypot(base_norm, _norm(other))
     if not math.isfinite(norm):
@@ -103,11 +104,16 @@ def _blocks(
     tuned: Weights, tuned_key: str, base: Weights, base_key: str, columns: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Both tensors as blocks of the rows that both have."""
-    columns = columns or math.prod(base.facts[base_key][1][1:])
+    columns = columns or max(1, math.prod(base.facts[base_key][1][1:]))
     pair = (row_blocks(tuned.pieces(tuned_key), columns), row_blocks(base.pieces(base_key), columns))
     for one, other in zip(*pair, strict=False):
         n = min(len(one), len(other))
-        yield one[:n], other[:n]
+        yield _plain(one[:n]), _plain(other[:n])
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Common floats as they are; torch cannot compare all kinds of float8 and of unsigned integers."""
+    return tensor if tensor.dtype in _COMPARABLE else tensor.double()
 
 
 def _minus(one: Tensor, other: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def sort(tuned: BaseModel, base: BaseModel, wanted: Wanted, progress: Progress |
             parts.notes["only has new rows, which no LoRA holds"].append(path_of(name))
     for name, why in left.items():
         if wanted.vocabulary == "carry" if why == "vocabulary" else wanted.carry:
-            _carry(name, why, tuned, pairing, parts)
+            _carry(name, why, tuned, base, pairing, parts)
         else:
             parts.notes[_LEFT[why]].append(name)
     for old, new in pairing.changes:
@@ -178,15 +178,15 @@ def _remark(path: str, difference: Difference, parts: Parts) -> None:
         ].append(f"{path} ({share:.2g} % of the numbers differ)")
 
 
-def _carry(name: str, why: str, tuned: BaseModel, pairing: Pairing, parts: Parts) -> None:
+def _carry(name: str, why: str, tuned: BaseModel, base: BaseModel, pairing: Pairing, parts: Parts) -> None:
     """Take a tensor along as it is; as a bias of B where the layer has a module."""
     path = path_of(name)
     mine, theirs = pairing.pairs[name] if name in pairing.pairs else (pairing.only_tuned[name], None)
     if not name.endswith((WEIGHT, BIAS)) or (path in parts.modules and not (name.endswith(BIAS) and theirs)):
         parts.notes["changed and left out: it is no weight or bias of a layer, so no adapter can carry it"].append(name)
-    elif path in parts.modules:
-        dtype, shape = tuned.facts[mine]
-        parts.extras[name] = Extra(name, dtype, shape, "lora bias", "carry=True: the tuning changed it", module=path)
+    elif theirs and path in parts.modules:  # the difference, over the rows of the base as the module's
+        dtype, shape = tuned.facts[mine][0], base.facts[theirs][1]
+        parts.extras[name] = Extra(name, dtype, shape, "lora bias", _CAUSE["other"], module=path)
         parts.origins[name] = (mine, theirs)
     else:  # all of the layer, since readers put it in place of the base's
         keys = {f"{path}{end}": (mine.removesuffix(WEIGHT).removesuffix(BIAS) + end) for end in (WEIGHT, BIAS)}

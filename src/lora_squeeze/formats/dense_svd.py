@@ -20,6 +20,7 @@ from torch import Tensor
 from lora_squeeze.decompose import OVERSAMPLING
 
 STEPS = 3
+_CROSSING = 0.75  # share of the smaller side from which on a full decomposition is the faster one
 
 
 def leading_factors(
@@ -37,8 +38,8 @@ def leading_factors(
 
     Notes:
         22 out in (rank + 10) operations, and memory for about 8 (rank + 10) (out + in) numbers beside a copy of the
-        matrix. Exact, by a full decomposition, where the space would be as large as the matrix. A matrix of this rank
-        or less is found to rounding; of others the kept energy comes near to the best from below.
+        matrix. Exact, by a full decomposition, where that takes no longer. A matrix of this rank or less is found to
+        rounding; of others the kept energy comes near to the best from below.
     """
     rows, columns = matrix.shape
     if rows > columns:
@@ -56,7 +57,7 @@ def leading_factors(
 def _directions(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """U, S, Vh of the leading directions."""
     width = rank + OVERSAMPLING
-    if (STEPS + 1) * width >= len(matrix):
+    if (STEPS + 1) * width > _CROSSING * len(matrix):
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
         generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,6 @@ head of n rows it writes rows 0, n/2, 1, n/2 + 1, ...: rows that transformers ro
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,8 +20,8 @@ from torch import Tensor
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats import gguf_lora
 from lora_squeeze.formats.gguf_file import read_model_header
+from lora_squeeze.formats.peft_config import read_json
 from lora_squeeze.formats.safetensors_header import quoted
-from lora_squeeze.formats.safetensors_io import read_regular
 
 # Class in transformers -> architecture in GGUF, from llama.cpp's conversion folder of 2026: those where the rows of all
 # matrices stay, but for those of q and k in the architectures of PAIRED.
@@ -53,7 +52,6 @@ ARCHITECTURES = {
 }
 PAIRED = frozenset({"arcee", "granite", "llama", "olmo", "smollm3"})
 _CONFIG = "config.json"
-_MAX_CONFIG_BYTES = 10**8
 
 
 @dataclass(frozen=True)
@@ -134,13 +132,13 @@ def _of_config(name: str, path: Path) -> GgufBase:
     if not path.is_file():
         raise LoraSqueezeError(f"{path.parent}: no {_CONFIG}; name the folder of the base model, or its GGUF file")
     try:
-        config = json.loads(read_regular(path, _MAX_CONFIG_BYTES))
+        config = read_json(path)
         (kind,) = config["architectures"]
         architecture = ARCHITECTURES.get(kind)
         inner: Any = config.get("text_config") or config
         numbers = [_first(inner, *keys) for keys in _NUMBERS]
         blocks, heads, kv_heads = numbers[0], numbers[1], numbers[2] or numbers[1]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, LoraSqueezeError):
             raise
         raise LoraSqueezeError(f"{quoted(path)}: not the configuration of a transformers model") from None

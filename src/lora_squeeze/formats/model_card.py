@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 
 from lora_squeeze.adapter import Adapter
 
@@ -19,7 +18,7 @@ def model_card(adapter: Adapter, before: str) -> str:
         adapter: what is being written.
         before: text of the source's card, empty if it has none.
     """
-    before = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", before, flags=re.DOTALL).rstrip()
+    before = _without_section(before)
     if not before:
         base = adapter.config.get("base_model_name_or_path") or ""
         front = {"library_name": "peft", "tags": ["lora", "lora-squeeze"], **({"base_model": base} if base else {})}
@@ -30,6 +29,23 @@ def model_card(adapter: Adapter, before: str) -> str:
 
 def _last(adapter: Adapter) -> str:
     return str(adapter.history[-1].get("step")) if adapter.history else ""
+
+
+def _without_section(card: str) -> str:
+    """The card without the sections that this tool wrote; a search by parts, since `re` takes ages on blank lines."""
+    kept: list[str] = []
+    while True:
+        begin = card.find(_BEGIN)
+        end = card.find(_END, begin) if begin >= 0 else -1
+        if end < 0:
+            return "\n".join([*kept, card]).rstrip()
+        kept.append(card[:begin].rstrip("\n"))
+        card = card[end + len(_END) :].lstrip("\n")
+
+
+def _printable(text: str) -> str:
+    """Text of unknown origin without what a terminal or an editor would obey."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _section(adapter: Adapter) -> str:
@@ -43,7 +59,7 @@ def _section(adapter: Adapter) -> str:
     if adapter.dropped:
         lines.append(f"- {len(adapter.dropped)} modules with no energy worth keeping left the adapter")
     lines += [
-        f"- {step.get('step')}: {', '.join(f'{k} {v}' for k, v in step.items() if k != 'step')}"
+        _printable(f"- {step.get('step')}: {', '.join(f'{k} {v}' for k, v in step.items() if k != 'step')}")
         for step in adapter.history
     ]
     if _last(adapter) == "post-squeeze":

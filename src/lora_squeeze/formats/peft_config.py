@@ -12,6 +12,7 @@ from typing import Any
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.expressions import Expression
 from lora_squeeze.formats.patterns import Patterns
+from lora_squeeze.formats.safetensors_header import check_name, check_shown
 from lora_squeeze.formats.safetensors_io import read_regular
 
 CONFIG_NAME = "adapter_config.json"
@@ -201,6 +202,12 @@ def check_numbers(config: Mapping[str, Any]) -> None:
         value = config.get(field) or []
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise LoraSqueezeError(f"{field} must be a list of names, found {value!r:.80}")
+    for name in config.get("target_parameters") or []:  # becomes the end of a module's name
+        try:
+            check_name(name)
+            check_shown([name])
+        except LoraSqueezeError as error:
+            raise LoraSqueezeError(f"target_parameters: {error}") from None
     excluded = config.get("exclude_modules") or []
     if not isinstance(excluded, str | list) or not all(isinstance(item, str) for item in excluded):
         raise LoraSqueezeError(f"exclude_modules must be an expression or a list of names, found {excluded!r:.80}")
@@ -237,7 +244,7 @@ def squeezed_config(
     """The configuration for new ranks, such that every reader computes alpha / r = scale for every module.
 
     r is the largest rank, because a server compares only r with its max_lora_rank; lora_alpha / r is the scale of all
-    modules, because a server such as vLLM uses that one number. Modules of another rank have one entry each in
+    modules, because servers such as SGLang use that one number. Modules of another rank have one entry each in
     rank_pattern and alpha_pattern, anchored and escaped: PEFT sorts the patterns on saving and takes the first that
     matches, so patterns must not overlap.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -12,12 +11,11 @@ from typing import Any
 from lora_squeeze.adapter import Kind
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats import mlx, peft
-from lora_squeeze.formats.peft_config import check_numbers, is_number
+from lora_squeeze.formats.peft_config import check_numbers, is_number, read_json
 from lora_squeeze.formats.peft_keys import PREFIX, Shapes, parse
-from lora_squeeze.formats.safetensors_io import TensorFile, read_regular
+from lora_squeeze.formats.safetensors_io import TensorFile
 from lora_squeeze.readers.facts import MLX, PEFT, Facts, Pair, pair_of
 
-_MAX_CONFIG_BYTES = 10**8
 _FACTOR = re.compile(r"^(?P<path>.+)\.(?P<what>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?P<rest>(?:\.[^.]+)*)$")
 _MLX_FACTOR = re.compile(r"^(?P<path>.+)\.lora_(?P<side>[ab])$")
 _MAGNITUDE = "lora_magnitude_vector"
@@ -30,7 +28,7 @@ def peft_facts(folder: Path) -> Facts:
     Raises:
         LoraSqueezeError: no configuration or weights, or files that nobody can read.
     """
-    config = read_json(folder / peft.CONFIG_NAME)
+    config = read_object(folder / peft.CONFIG_NAME)
     shapes = _weights(folder)
     keys, orphans, adapters = _sorted(shapes)
     magnitudes = tuple(key for key in shapes if _MAGNITUDE in key)
@@ -116,7 +114,7 @@ def mlx_facts(folder: Path) -> Facts:
         LoraSqueezeError: no weights, or files that nobody can read.
     """
     folder = folder.parent if folder.is_file() else folder
-    config = read_json(folder / peft.CONFIG_NAME)
+    config = read_object(folder / peft.CONFIG_NAME)
     if not (folder / mlx.WEIGHTS_NAME).exists():
         raise LoraSqueezeError(f"{folder}: no {mlx.WEIGHTS_NAME}; the adapter is incomplete")
     with TensorFile(folder / mlx.WEIGHTS_NAME) as file:
@@ -153,7 +151,7 @@ def mlx_facts(folder: Path) -> Facts:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """A configuration as it stands.
 
     Raises:
@@ -161,14 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise LoraSqueezeError(f"{path.parent}: no {path.name}; is this the folder of a PEFT or mlx-lm adapter?")
-    try:
-        config = json.loads(read_regular(path, _MAX_CONFIG_BYTES).decode("utf-8"))
-    except LoraSqueezeError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise LoraSqueezeError(
-            f"{path}: not valid JSON ({error}); restore the file from where the adapter came"
-        ) from None
+    config = read_json(path)
     if not isinstance(config, dict):
         raise LoraSqueezeError(f"{path}: expected an object, found {type(config).__name__}")
     return config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -20,15 +19,15 @@ from lora_squeeze.formats.borrowed import common_scale
 from lora_squeeze.formats.history import read_history
 from lora_squeeze.formats.lycoris import Facts
 from lora_squeeze.formats.model_card import CARD_NAME
+from lora_squeeze.formats.peft_config import read_json
 from lora_squeeze.formats.peft_keys import NESTED, PREFIX, Layout, Shapes
 from lora_squeeze.formats.peft_methods import identities, variants, with_base
 from lora_squeeze.formats.peft_methods.base_weights import Base, weight
 from lora_squeeze.formats.peft_methods.parts import Computed, MethodFormat, Parts
 from lora_squeeze.formats.peft_methods.table import Row, row_of
 from lora_squeeze.formats.safetensors_header import quoted
-from lora_squeeze.formats.safetensors_io import TensorFile, read_regular
+from lora_squeeze.formats.safetensors_io import TensorFile
 
-_CONFIG_BYTES = 10**8
 # Of a method's configuration, what a LoraConfig has too, with the same meaning.
 _KEPT = (
     "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "modules_to_save", "revision",
@@ -101,14 +100,7 @@ def _check(row: Row, config: Mapping[str, Any], base: Base | None) -> None:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(read_regular(folder / peft.CONFIG_NAME, _CONFIG_BYTES).decode("utf-8"))
-    except LoraSqueezeError:
-        raise
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise LoraSqueezeError(
-            f"no readable {peft.CONFIG_NAME} ({error}); is this the folder of a PEFT adapter?"
-        ) from None
+    config = read_json(folder / peft.CONFIG_NAME)
     if not isinstance(config, dict):
         raise LoraSqueezeError(f"{peft.CONFIG_NAME}: expected an object, found {type(config).__name__}")
     return config
