@@ -18,10 +18,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check demo bench lock clean
+.PHONY: help setup test test-engines check demo bench lock clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo '  Options: ARGS="..." is passed on (test, demo, bench, lock); PYTHON=python3.12 chooses the interpreter.'
 
 setup: $(STAMP)  ## create .venv with the pinned packages; does nothing when it is up to date
@@ -39,6 +39,10 @@ $(STAMP): $(LOCK) pyproject.toml
 # One torch thread per worker: two workers with all threads each would fight for the cores.
 test: setup  ## run the test suite (ARGS="-k name" selects)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-engines: setup  ## files in real engines: vLLM, llama.cpp, mlx-lm (installed outside the clone, once)
+	PYTHON=$(PYTHON) engines/environment.sh >/dev/null
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest engines -p no:cacheprovider $(ARGS)
 
 check: setup  ## formatting, lint, types, import rings, documentation
 	$(BIN)/ruff format --check .
