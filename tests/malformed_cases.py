@@ -282,7 +282,7 @@ with_text("config_is_a_list", CONFIG, "[1, 2]", CONFIG, "expected an object, fou
 with_text("config_is_deep", CONFIG, "[" * 100_000, CONFIG, "not valid JSON")
 with_text("config_of_mlx", CONFIG, '{"fine_tune_type": "lora"}', CONFIG, "lora_parameters must be an object")
 with_text("config_is_empty", CONFIG, "{}", CONFIG, "peft_type is None", "only LORA")
-with_config("loha", {"peft_type": "LOHA"}, "peft_type is 'LOHA'", "save_as_lora")
+with_config("loha", {"peft_type": "LOHA"}, "peft_type is 'LOHA'", "convert ADAPTER")
 with_config("rank_is_0", {"r": 0}, "r must be a whole number from 1, found 0")
 with_config("rank_is_text", {"r": "8"}, "r must be a whole number from 1, found '8'")
 with_config("rank_is_a_fraction", {"r": 8.5}, "r must be a whole number from 1, found 8.5")

@@ -271,6 +271,22 @@ def test_a_name_that_one_model_has_alone_does_not_hide_the_change_of_the_others(
     assert set(adapter.extras) == {"model.norm.weight", "score.weight", "layers.0.extra.weight"}
 
 
+def test_one_name_at_the_top_does_not_hide_the_change_of_the_others(tmp_path: Path) -> None:
+    tuned = body("", True) | {"score.weight": integers(3, 20, seed=3)}
+    tuned["norm.weight"] = tuned["norm.weight"] + 1
+    adapter = extracted(tmp_path, tuned, body("model.", False), carry=True)
+    assert set(adapter.extras) == {"model.norm.weight", "score.weight"}
+
+
+@pytest.mark.parametrize("others", [["b.norm"], ["b.norm", "c.norm"], ["b.a.norm", "c.a.norm"]], ids=", ".join)
+def test_a_single_name_is_matched_only_where_that_is_clear(tmp_path: Path, others: list[str]) -> None:
+    """It says too little about the files to refuse them, or to take one name for another."""
+    tuned, base = two_models()
+    tuned["a.norm.weight"] = integers(20, seed=4)
+    base |= {f"{name}.weight": integers(20, seed=3) for name in others}
+    assert note_of(extracted(tmp_path, tuned, base), "only in the tuned model").startswith("a.norm.weight: ")
+
+
 def test_two_changes_of_prefix_that_would_do_are_refused(tmp_path: Path) -> None:
     base = body("student.", False) | body("teacher.", False)
     with pytest.raises(LoraSqueezeError, match=r"of the tuned model could be '(student|teacher)\..*rename the tensors"):
@@ -303,8 +319,9 @@ def test_another_shape_is_refused_by_name_and_can_be_left_out(tmp_path: Path) ->
 
 def test_include_and_exclude_choose_layers_by_their_paths(tmp_path: Path) -> None:
     tuned, base = two_models()
+    tuned["score.weight"] = base["old.weight"] = integers(3, 20, seed=3)
     adapter = extracted(tmp_path, tuned, base, include=r"\.q$", exclude=r"layers\.0")
-    assert list(adapter.modules) == ["model.layers.1.q"]
+    assert list(adapter.modules) == ["model.layers.1.q"] and adapter.notes == ()
 
 
 def test_a_pattern_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -586,6 +603,18 @@ def test_a_tied_head_shares_the_factors_of_its_embedding(tmp_path: Path) -> None
     assert (head.kind, head.out_features, head.in_features) == ("linear", 50, 32)
     one, other = adapter.source.updates([embedding, head])
     assert torch.equal(one.B, other.A.mT) and torch.equal(one.A, other.B.mT)
+
+
+def test_a_head_that_the_tuning_has_untied_is_not_taken_for_its_embedding(tmp_path: Path) -> None:
+    tuned, base, _ = with_tokens()
+    config = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    folders = [
+        write(tmp_path / "tuned", tuned | {"lm_head.weight": integers(40, 20, seed=8)}, config=config),
+        write(tmp_path / "base", base, config=config),
+    ]
+    adapter = extract(*folders, vocabulary="lora")
+    assert "lm_head" not in adapter.modules and "ensure_weight_tying" not in adapter.config
+    assert note_of(adapter, "only in the tuned model").startswith("lm_head.weight: ")
 
 
 def test_layers_of_gpt2_are_known_to_be_stored_transposed(tmp_path: Path) -> None:

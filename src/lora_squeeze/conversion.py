@@ -74,7 +74,9 @@ def convert(
     given = {name: value for name, value in dials.items() if value is not None}
     if any(name in given for name in (*RULES, "max_rank", "plan")):
         return adapter.squeeze(**given)
-    if adapter.parameters > sum(m.copies * m.out_features * m.in_features for m in adapter.modules.values()):
+    # Of what is computed: a file whose factors are as large is copied as it is.
+    computed = [module for module in adapter.modules.values() if module.source_bytes]
+    if sum(m.parameters for m in computed) > sum(m.copies * m.out_features * m.in_features for m in computed):
         raise LoraSqueezeError(
             f"at its full rank, up to {adapter.rank}, this holds more numbers than the weights themselves: say how "
             "small it shall be, such as rank=16 (--rank 16)"

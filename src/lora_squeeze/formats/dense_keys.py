@@ -106,14 +106,12 @@ def _changes(
         for longer in dict.fromkeys(prefix + name[len(prefix) :].partition(".")[0] + "." for name in inner):
             yield from _changes([name for name in inner if name.startswith(longer)], free, longer, shapes)
     for name in [name for name in names if name[len(prefix) :].count(".") <= 1] if prefix else ():
-        if (new := _change([name], free, prefix, shapes, alone=True)) is not None:
+        if (new := _change([name], free, prefix, shapes)) is not None:
             yield _shortened(prefix, new)
 
 
-def _change(
-    names: Sequence[str], free: Collection[str], prefix: str, shapes: Mapping[str, Shape], *, alone: bool = False
-) -> str | None:
-    """What `prefix` must become for all these names; of one name alone, nothing where that is not clear."""
+def _change(names: Sequence[str], free: Collection[str], prefix: str, shapes: Mapping[str, Shape]) -> str | None:
+    """What `prefix` must become for all these names. One name alone says little: it may only lose or gain parts."""
     tails = [name[len(prefix) :] for name in names]
     if not tails:
         return None
@@ -121,9 +119,10 @@ def _change(
     fits = [new for new in starts if new.count(".") <= _DEEPEST and all(new + tail in free for tail in tails)]
     alike = [new for new in fits if all(shapes[new + t] == shapes[n] for t, n in zip(tails, names, strict=True))]
     fits = sorted(alike or fits, key=lambda new: (-_shared(prefix, new), new))
+    if len(names) == 1:
+        fits = [new for new in fits if not all(_shortened(prefix, new))]
+        return fits[0] if len(fits) == 1 else None
     if len(fits) > 1 and _shared(prefix, fits[0]) == _shared(prefix, fits[1]):
-        if alone:
-            return None
         raise LoraSqueezeError(
             f"{quoted(names[0])} of the tuned model could be {quoted(fits[0] + tails[0])} or "
             f"{quoted(fits[1] + tails[0])} of the base: rename the tensors in one of the files"
