@@ -497,3 +497,30 @@ def test_the_command_takes_pairs_methods_and_whole_models(tmp_path: Path, base: 
     assert run.code == 1 and "is a whole model, no adapter" in run.err
     run = command(tmp_path, "convert", tmp_path / "tuned", "--to", "peft", "--base", base, "-o", tmp_path / "none")
     assert run.code == 1 and "say how small it shall be" in run.err
+
+
+def test_the_energy_of_an_extraction_is_that_of_the_whole_difference(tmp_path: Path, base: Path) -> None:
+    """Only some directions of a difference are looked for: the report and bounds of energy count the others too."""
+    from lora_squeeze.formats.dense import extract
+
+    tuned = seeded(base_model)
+    name = "model.layers.0.mlp.up_proj"
+    change = torch.randn(24, 16, generator=torch.Generator().manual_seed(3)) / 10
+    with torch.no_grad():
+        tuned.get_submodule(name).weight += change
+    tuned.save_pretrained(tmp_path / "tuned")
+    values = torch.linalg.svdvals(change.double()) ** 2
+    adapter = extract(tmp_path / "tuned", base, max_rank=8)
+    for rank in (8, 5):
+        found = convert(adapter, "peft", rank=rank).report
+        assert found.energy == pytest.approx(float(values[:rank].sum() / values.sum()), rel=1e-4)
+    share = float(values[:5].sum() / values.sum())
+    assert convert(adapter, "peft", energy=share * 0.999).rank == 5
+    assert convert(adapter, "peft", energy=0.999).rank == 8
+
+
+def test_options_of_extraction_are_refused_elsewhere(tmp_path: Path, source: Path) -> None:
+    from lora_squeeze.sources import open_source
+
+    with pytest.raises(LoraSqueezeError, match="is no fine-tuned model"):
+        open_source(source, carry=True)

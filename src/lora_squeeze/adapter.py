@@ -46,6 +46,7 @@ class Module:
         kernel: sizes of a convolution's kernel, as far as the file shows them; () for other layers.
         layout: what the format needs to write it again.
         source_bytes: bytes of the factors that it is computed from, where these are more than its own.
+        total: squared Frobenius norm of the whole update, where the LowRank is only the leading part of it.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Module:
     kernel: tuple[int, ...] = ()
     layout: Any = None
     source_bytes: int = 0
+    total: float | None = None
 
     @property
     def parameters_per_rank(self) -> int:

@@ -45,9 +45,18 @@ class Measurement:
     loss_increase: float | None = None
 
     @classmethod
-    def of(cls, found: Decomposition) -> Measurement:
-        """The numbers of a decomposition."""
-        return cls(found.S.reshape(-1, found.S.shape[-1]).tolist(), float(found.total.sum()))
+    def of(cls, found: Decomposition, total: float | None = None) -> Measurement:
+        """The numbers of a decomposition; `total` where it is of the leading part of an update only."""
+        known = float(found.total.sum())
+        return cls(found.S.reshape(-1, found.S.shape[-1]).tolist(), known if total is None else max(known, total))
+
+    @property
+    def spectrum(self) -> list[list[float]]:
+        """The singular values; behind them one for all that was not looked at, so that bounds of energy count it."""
+        unseen = self.total - math.fsum(s * s for row in self.values for s in row)
+        if unseen <= 1e-9 * self.total:
+            return self.values
+        return [*self.values[:-1], [*self.values[-1], math.sqrt(unseen)]]
 
     @property
     def norm(self) -> float:
@@ -82,7 +91,7 @@ def measure(
         for module, found in zip(
             batch, decomposed([module.name for module in batch], adapter.source.updates(batch)), strict=True
         ):
-            measured[module.name] = Measurement.of(found)
+            measured[module.name] = Measurement.of(found, module.total)
         done += sum(module.size_bytes for module in batch)
         if progress:
             progress(done, total)
@@ -191,7 +200,7 @@ def squeeze(
         step = request.step(method, alpha)
         if request.needs_spectra:
             measured = measure(adapter, progress=progress)
-        spectra = {name: found.values for name, found in measured.items()}
+        spectra = {name: found.spectrum for name, found in measured.items()}
         if known and spectra:
             spectra = data_aware.loss_spectra(adapter, known, spectra)
         chosen = request.choose(adapter, spectra)
@@ -261,7 +270,7 @@ class Squeezed:
     def _truncated(self, module: Module, update: LowRank, found: Decomposition) -> LowRank:
         kept = update.dtype if module.rank >= update.rank else module.dtype
         exact = kept if kept.itemsize >= 4 else torch.float32
-        measurement = Measurement.of(found)
+        measurement = Measurement.of(found, module.total)
         rank, moments = min(module.rank, found.S.shape[-1]), self.moments.get(module.name)
         if module.rank >= update.rank:
             whole = update.to(exact).with_scale(module.scale)

@@ -279,14 +279,15 @@ def _rows(before: Adapter, after: Adapter, measured: Mapping[str, Measurement]) 
     for name, module in before.modules.items():
         found, kept = measured[name], after.modules.get(name)
         rank, energies = kept.rank if kept else 0, pooled(measured[name].values)
-        lost = found.discarded(rank) if rank < module.rank else 0.0
+        cut = rank < module.rank or module.total is not None
+        lost = found.discarded(rank) if cut else 0.0
         rows.append(
             Row(
                 name=name,
                 kind=module.kind,
                 rank=module.rank * module.step,
                 rank_after=rank * module.step,
-                energy=found.energy(rank) if rank < module.rank else 1.0,
+                energy=found.energy(rank) if cut else 1.0,
                 scale=module.scale,
                 scale_after=kept.scale if kept else 0.0,
                 norm=found.norm,

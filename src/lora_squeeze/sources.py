@@ -11,6 +11,7 @@ from lora_squeeze.base_model import open_base
 from lora_squeeze.combine import subtract
 from lora_squeeze.combine_pair import load_pair
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.formats.dense_parts import Vocabulary
 from lora_squeeze.formats.peft_config import CONFIG_NAME, check_kind, read_json
 from lora_squeeze.hub import load, locate
 
@@ -25,6 +26,9 @@ def open_source(
     *,
     base: str | os.PathLike[str] | None = None,
     initial: str | os.PathLike[str] | None = None,
+    rank: int | None = None,
+    vocabulary: Vocabulary | None = None,
+    carry: bool = False,
     subfolder: str | None = None,
     revision: str | None = None,
 ) -> Adapter:
@@ -37,6 +41,11 @@ def open_source(
             the base weight, such as DoRA or OFT, need it.
         initial: the adapter as it was before the training, for PiSSA, OLoRA, CorDA and LoRA-GA, which change the base
             weights at the start. The result has twice the rank.
+        rank: the largest rank that will be asked of a fine-tuned model. More directions than that are looked for, at
+            least 128; bounds of energy and error find no rank beyond.
+        vocabulary: of a fine-tuned model, what becomes of changed embeddings and output heads: "leave" them as in the
+            base (default), "lora" makes them modules, "carry" keeps the whole tensors.
+        carry: of a fine-tuned model, keep what no LoRA holds, changed norms and biases, as whole tensors.
         subfolder, revision: as for `lora_squeeze.load`.
 
     Returns:
@@ -49,7 +58,11 @@ def open_source(
         return subtract(*load_pair(Path(source), Path(initial)))
     path = Path(source).expanduser()
     if path.is_dir() and not subfolder and (path / _MODEL_CONFIG).is_file() and not (path / CONFIG_NAME).exists():
-        return _extracted(path, base)
+        return _extracted(path, base, rank, vocabulary or "leave", carry)
+    if vocabulary is not None or carry:
+        raise LoraSqueezeError(
+            f"{source} is no fine-tuned model: vocabulary and carry (--vocabulary, --carry) are for these"
+        )
     place = locate(source, subfolder=subfolder, revision=revision)
     if place.is_dir() and _is_other_method(place):
         from lora_squeeze.formats import peft_methods
@@ -77,7 +90,9 @@ def _opened(base: str | os.PathLike[str] | None) -> BaseModel | None:
     return None if base is None or Path(base).expanduser().is_file() else open_base(base)
 
 
-def _extracted(tuned: Path, base: str | os.PathLike[str] | None) -> Adapter:
+def _extracted(
+    tuned: Path, base: str | os.PathLike[str] | None, rank: int | None, vocabulary: Vocabulary, carry: bool
+) -> Adapter:
     """The difference of two models."""
     from lora_squeeze.formats import dense
 
@@ -86,4 +101,5 @@ def _extracted(tuned: Path, base: str | os.PathLike[str] | None) -> Adapter:
             f"{tuned} is a whole model, no adapter: name the model that it was tuned from with base= (--base), and the "
             "difference is extracted"
         )
-    return dense.extract(tuned, base)
+    looked_for = max(dense.MAX_RANK, (rank or 0) * 5 // 4)  # beyond what is kept, for its accuracy
+    return dense.extract(tuned, base, max_rank=looked_for, vocabulary=vocabulary, carry=carry)

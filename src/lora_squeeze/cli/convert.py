@@ -30,6 +30,8 @@ def convert(
     max_rank: Annotated[int | None, option("max_rank")] = None,
     base: Annotated[str | None, _own("base")] = None,
     initial: Annotated[str | None, option("initial", module="sources", function="open_source")] = None,
+    vocabulary: Annotated[str | None, option("vocabulary", module="sources", function="open_source")] = None,
+    carry: Annotated[bool, option("carry", "--carry", module="sources", function="open_source")] = False,
     component: Annotated[str | None, _own("component")] = None,
     architecture: Annotated[str | None, _own("architecture")] = None,
     exclude: Annotated[list[str] | None, _own("exclude")] = None,
@@ -55,7 +57,13 @@ def convert(
 
     if output is None and not dry_run:
         raise typer.BadParameter("give an output with -o, or --dry-run", param_hint="--output")
-    adapter = open_source(source, base=base, initial=initial, subfolder=subfolder, revision=revision)
+    if vocabulary not in (None, "leave", "lora", "carry"):
+        raise typer.BadParameter("choose one of leave, lora, carry", param_hint="--vocabulary")
+    adapter = open_source(
+        source, base=base, initial=initial, rank=rank or max_rank, carry=carry,
+        vocabulary=vocabulary,  # type: ignore[arg-type]  # checked above
+        subfolder=subfolder, revision=revision,
+    )  # fmt: skip
     with show.progress("measuring") as progress:
         result = converted(
             adapter, to, base=base, component=component, architecture=architecture, exclude=exclude,

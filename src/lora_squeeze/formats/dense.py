@@ -129,6 +129,7 @@ def _module(path: str, layout: Layout, tuned: BaseModel, base: BaseModel, max_ra
         group=f"parameters of {path.rpartition('.')[0]}" if layer.kind == "experts" else None,
         floor=int(layer.kind == "experts"),
         layout=layout,
+        total=None if max_rank is None else layout.difference.norm**2,
         source_bytes=16 * numbers,  # the difference, its scaled copy, a basis and its image
     )
 

@@ -11,6 +11,7 @@ from lora_squeeze.readers.rule import (
     AGAIN,
     MERGE,
     SUBTRACT,
+    UNDORA,
     Asked,
     Hit,
     Reader,
@@ -86,7 +87,7 @@ def other_kind(prefix: str, source: str) -> Rule:
         "peft_type is {value}: only LORA is read",
         source,
         setting("peft_type", "LORA"),
-        "export it in PEFT with peft.save_as_lora(folder, model, rank)",
+        UNDORA,
         (PEFT,),
     )
 

@@ -99,7 +99,7 @@ SQUEEZE = "lora-squeeze squeeze {adapter} -o {output} --rank {limit}"
 FILL = "lora-squeeze rank-up {adapter} --rank {rank} -o {output}"
 UNDORA = "lora-squeeze convert {adapter} -o {output} --to {format} --rank {rank} --base {base}"
 CONVERT = "lora-squeeze convert {adapter} -o {output} --to {format}"
-SUBTRACT = "lora-squeeze subtract {adapter} INITIAL -o {output}, with the adapter as training began with it"
+SUBTRACT = "lora-squeeze convert {adapter} -o {output} --to peft --initial INITIAL, as it was before the training"
 MERGE = "merge it into the base model in PEFT with merge_and_unload(), and serve that model"
 AGAIN = "get the file again, or save it again where it was trained"
 

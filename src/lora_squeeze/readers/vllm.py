@@ -120,7 +120,7 @@ VLLM = Reader(
             "peft_type is {value}: only LORA is read",
             _NAMES,
             _other_kind,
-            "export it in PEFT with peft.save_as_lora(folder, model, rank)",
+            UNDORA,
         ),
         broken("vllm"),
         Rule(
