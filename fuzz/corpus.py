@@ -93,6 +93,51 @@ def _kohya_cases() -> dict[str, dict[str, Tensor]]:
     }
 
 
+def _method() -> dict[str, bytes]:
+    """Other methods of PEFT that need no base model."""
+    n, q = _numbers, "base_model.model.layers.0.q"
+    hada = {f"{q}.hada_w{i}_a": n(4, 2) for i in (1, 2)} | {f"{q}.hada_w{i}_b": n(2, 3) for i in (1, 2)}
+    cases: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
+        "loha": ({"peft_type": "LOHA", "r": 2, "alpha": 4}, hada),
+        "lokr": (
+            {"peft_type": "LOKR", "r": 1, "alpha": 2},
+            {f"{q}.lokr_w1": n(2, 2), f"{q}.lokr_w2_a": n(3, 1), f"{q}.lokr_w2_b": n(1, 2)},
+        ),
+        "adalora": (
+            {"peft_type": "ADALORA", "init_r": 2, "lora_alpha": 4},
+            {f"{q}.lora_A": n(2, 3), f"{q}.lora_B": n(4, 2), f"{q}.lora_E": n(2, 1)},
+        ),
+        "qalora": (
+            {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_qalora": True, "qalora_group_size": 3},
+            {f"{q}.lora_A.weight": n(2, 2), f"{q}.lora_B.weight": n(4, 2)},
+        ),
+    }
+    return {name: pack([_json(target_modules=["q"], **c), _weights(t)]) for name, (c, t) in cases.items()}
+
+
+def _single_file() -> dict[str, bytes]:
+    found = {name: _weights(tensors, {"ss_network_dim": "2"}) for name, tensors in _kohya_cases().items()}
+    settings = {"unet.r": 2, "unet.lora_alpha": 4, "unet.rank_pattern": {"^q$": 2}, "unet.alpha_pattern": {"q": 3}}
+    pair = {"unet.q.lora_A.weight": _numbers(2, 3), "unet.q.lora_B.weight": _numbers(4, 2)}
+    return found | {"settings": _weights(pair, {"format": "pt", "lora_adapter_metadata": json.dumps(settings)})}
+
+
+def _gguf_base() -> dict[str, bytes]:
+    import gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        writer = gguf.GGUFWriter(Path(folder, "a.gguf"), "llama")
+        writer.add_block_count(1)
+        writer.add_head_count(2)
+        writer.add_head_count_kv(1)
+        writer.add_tensor("blk.0.attn_q.weight", _numbers(4, 4).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return {"plain": Path(folder, "a.gguf").read_bytes()}
+
+
 def _peft() -> dict[str, bytes]:
     return {name: pack([_json(**config), _weights(t)]) for name, (config, t) in _peft_cases().items()}
 
@@ -176,7 +221,11 @@ def seeds() -> dict[str, dict[str, bytes]]:
         "peft_bin": _peft_bin(),
         "mlx": _mlx(),
         "gguf": _gguf(),
-        "single_file": {name: _weights(tensors, {"ss_network_dim": "2"}) for name, tensors in _kohya_cases().items()},
+        "peft_method": _method(),
+        "single_file": _single_file(),
+        "check_folder": _peft() | _method(),
+        "check_file": _single_file(),
+        "gguf_base": _gguf_base(),
         "base_model": _base_model(),
         "plan_toml": {"plain": _TOML.encode()},
         "plan_json": _plan_json(),

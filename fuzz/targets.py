@@ -16,10 +16,14 @@ from pathlib import Path
 from torch import Tensor
 
 import lora_squeeze
+from lora_squeeze.adapter import Adapter
 from lora_squeeze.base_model import open_base
 from lora_squeeze.calibration_file import Calibration
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.formats.gguf_names import open_gguf_base
 from lora_squeeze.plan import Plan
+from lora_squeeze.readers import check
+from lora_squeeze.sources import open_source
 
 MAX_MESSAGE = 1000  # characters
 _SEPARATOR = b"\n--8<--\n"
@@ -78,11 +82,11 @@ def _within(files: dict[str, bytes], use: Callable[[Path], None]) -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _adapter(path: Path) -> None:
+def _adapter(path: Path, load: Callable[[Path], Adapter] | None = None) -> None:
     """Load, read every update, squeeze to rank 1, write, and load what was written."""
     out = path.parent.parent / "out" if path.is_file() else path.parent / "out"
     try:
-        adapter = lora_squeeze.load(path)
+        adapter = (load or lora_squeeze.load)(path)
     except LoraSqueezeError as error:
         return check_message(error)
     for note in adapter.notes:
@@ -121,6 +125,45 @@ def _peft(data: bytes) -> None:
 def _peft_bin(data: bytes) -> None:
     config, weights = unpack(data, 2)
     _within({"adapter_config.json": config, "adapter_model.bin": weights}, _adapter)
+
+
+def _method(data: bytes) -> None:
+    """PEFT's other methods, as far as no base model is needed."""
+    config, weights = unpack(data, 2)
+    files = {"adapter_config.json": config, "adapter_model.safetensors": weights}
+    _within(files, lambda folder: _adapter(folder, open_source))
+
+
+def _check(path: Path) -> None:
+    try:
+        verdicts = check(path)
+    except LoraSqueezeError as error:
+        return check_message(error)
+    texts = [text for verdict in verdicts for found in verdict.findings for text in (found.text, found.cure)]
+    for text in texts:
+        if not is_harmless(text):
+            raise Broken(f"a finding is not harmless: {text[:300]!a}")
+    return None
+
+
+def _check_folder(data: bytes) -> None:
+    config, weights = unpack(data, 2)
+    _within({"adapter_config.json": config, "adapter_model.safetensors": weights}, _check)
+
+
+def _check_file(data: bytes) -> None:
+    _within({"adapter.safetensors": data}, lambda folder: _check(folder / "adapter.safetensors"))
+
+
+def _gguf_base(data: bytes) -> None:
+    def use(folder: Path) -> None:
+        try:
+            base = open_gguf_base(folder / "base.gguf")
+            base.rows_of("blk.0.attn_q", 4)
+        except LoraSqueezeError as error:
+            check_message(error)
+
+    _within({"base.gguf": data}, use)
 
 
 def _mlx(data: bytes) -> None:
@@ -182,9 +225,13 @@ def _calibration(data: bytes) -> None:
 TARGETS: dict[str, Target] = {
     "peft": _peft,
     "peft_bin": _peft_bin,
+    "peft_method": _method,
     "mlx": _mlx,
     "gguf": _one_file("adapter.gguf"),
-    "single_file": _one_file("adapter.safetensors"),  # kohya, ComfyUI, LyCORIS; diffusers where it is read
+    "single_file": _one_file("adapter.safetensors"),  # diffusers, kohya, ComfyUI, LyCORIS
+    "check_folder": _check_folder,
+    "check_file": _check_file,
+    "gguf_base": _gguf_base,
     "base_model": _base,
     "plan_toml": _plan("plan.toml"),
     "plan_json": _plan("plan.json"),
