@@ -112,6 +112,20 @@ def test_a_squeeze_of_the_whole_difference_is_its_best_approximation(tmp_path: P
         assert float((dense(squeezed, name) - dW).norm()) == pytest.approx(float(best), rel=1e-5)
 
 
+@pytest.mark.parametrize("rank", [4, 2])
+def test_the_energy_in_the_report_is_a_share_of_the_whole_difference(tmp_path: Path, rank: int) -> None:
+    """At the bound too, which has cut something off already."""
+    tuned, base = two_models()
+    tuned = {key: t + torch.rand(t.shape, generator=torch.Generator().manual_seed(3)) for key, t in tuned.items()}
+    report = extracted(tmp_path, tuned, base, max_rank=4).squeeze(rank=rank).report
+    for row in report.rows:
+        S = torch.linalg.svdvals((tuned[f"{row.name}.weight"] - base[f"{row.name}.weight"]).double())
+        assert row.energy == pytest.approx(float(S[:rank].square().sum() / S.square().sum()), rel=1e-5)
+        assert row.norm == pytest.approx(float(S.norm())) and row.discarded == pytest.approx(
+            float(S[rank:].norm()), rel=1e-4
+        )
+
+
 def test_the_result_is_the_same_every_time_and_leaves_the_global_generator_alone(tmp_path: Path) -> None:
     tuned, base = two_models()
     adapter = extracted(tmp_path, tuned, base)
