@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -524,3 +525,19 @@ def test_options_of_extraction_are_refused_elsewhere(tmp_path: Path, source: Pat
 
     with pytest.raises(LoraSqueezeError, match="is no fine-tuned model"):
         open_source(source, carry=True)
+
+
+def test_energy_is_of_the_whole_difference_where_layers_are_joined_and_split(tmp_path: Path) -> None:
+    """Flux has q, k and v as one layer in kohya's names."""
+    wide = {"transformer.transformer_blocks.0.attn." + name: (3072, 3072) for name in ("to_q", "to_k", "to_v")}
+    tensors = {}
+    for i, (name, (out, columns)) in enumerate(wide.items()):
+        generator = torch.Generator().manual_seed(i)
+        tensors[f"{name}.lora_A.weight"] = torch.randn(1, columns, generator=generator)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(out, 1, generator=generator)
+    safetensors.torch.save_file(tensors, tmp_path / "parts.safetensors")
+    adapter = lora_squeeze.load(tmp_path / "parts.safetensors")
+    known = {name: 4 * float(dW.square().sum()) for name, dW in updates(adapter).items()}
+    parts = {name: replace(module, total=known[name]) for name, module in adapter.modules.items()}
+    joined = convert(replace(adapter, modules=parts), "kohya", architecture="flux")
+    assert len(joined.modules) == 1 and joined.report.energy == pytest.approx(0.25)

@@ -82,6 +82,7 @@ def _tensors(module: Module, base: GgufBase) -> list[tuple[str, Int[Tensor, " ou
         base.check_shape(tensor, shape if module.kind != "experts" else (module.copies, *shape))
         layout = Layout(f"{tensor}.weight.lora_a", f"{tensor}.weight.lora_b")
         changed = replace(module, name=tensor, out_features=size, group=None, floor=0, step=1, layout=layout)
+        changed = replace(changed, total=None) if halves else changed  # of each half, not known
         found.append((tensor, rows, changed))
     return found
 

@@ -216,6 +216,7 @@ def _columns(adapter: Adapter, modules: Sequence[Module]) -> tuple[list[tuple[in
 
 def _module(written: str, members: Sequence[Module], rank: int, rows: int) -> Module:
     first, scales = members[0], {module.scale for module in members}
+    totals = [module.total for module in members]
     layout = Layout(
         form=PLAIN,
         keys=(),
@@ -237,5 +238,6 @@ def _module(written: str, members: Sequence[Module], rank: int, rows: int) -> Mo
         floor=0,
         step=1,
         layout=layout,
+        total=None if None in totals else sum(total for total in totals if total is not None),
         source_bytes=sum(max(module.size_bytes, module.source_bytes) for module in members),
     )
