@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -381,3 +382,33 @@ def test_the_source_folder_is_never_written_to(tmp_path):
     found = made(METHODS["LoHa"], tmp_path).adapter
     with pytest.raises(LoraSqueezeError, match="is the folder that the adapter is read from"):
         found.save(tmp_path, force=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "when"),
+    [
+        ({"peft_type": "LOHA", "alpha": "much"}, "late"),
+        ({"peft_type": "LOHA", "alpha": None}, "late"),
+        ({"peft_type": "LOKR", "r": 0}, "early or late"),
+        ({"peft_type": "LORA", "use_qalora": True, "qalora_group_size": -1}, "early"),
+        ({"peft_type": "LORA", "use_qalora": True, "qalora_group_size": 1e400}, "early"),
+        ({"peft_type": "LORA", "use_qalora": True, "use_newlora": True}, "early"),
+        ({"peft_type": "LORA", "use_bdlora": {"nblocks": []}, "target_modules": 3}, "early"),
+    ],
+)
+def test_settings_of_the_wrong_kind_become_one_line(tmp_path: Path, changes: dict[str, Any], when: str) -> None:
+    """Every method has settings of its own; some show only when the factors are computed."""
+    key = "base_model.model.layers.0.q"
+    hada = {f"{key}.hada_w{i}_a": torch.ones(4, 2) for i in (1, 2)}
+    hada |= {f"{key}.hada_w{i}_b": torch.ones(2, 3) for i in (1, 2)}
+    kron = {f"{key}.lokr_w1": torch.ones(2, 2), f"{key}.lokr_w2": torch.ones(2, 2)}
+    plain = {f"{key}.lora_A.weight": torch.ones(2, 2), f"{key}.lora_B.weight": torch.ones(4, 2)}
+    tensors = {"LOHA": hada, "LOKR": kron, "LORA": plain}[changes["peft_type"]]
+    (tmp_path / "in").mkdir()
+    safetensors.torch.save_file(tensors, tmp_path / "in" / "adapter_model.safetensors")
+    (tmp_path / "in" / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2, **changes}))
+    with pytest.raises(LoraSqueezeError) as caught:
+        adapter = peft_methods.load(tmp_path / "in")
+        assert "late" in when
+        adapter.update("layers.0.q")
+    assert "\n" not in str(caught.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from lora_squeeze.adapter import Adapter
+from lora_squeeze.formats.safetensors_header import printable
 
 CARD_NAME = "README.md"
 _TITLES = {"post-squeeze": "Squeezed", "merge": "Merged", "convert": "Converted", "rank-up": "Padded"}  # by last step
@@ -43,11 +44,6 @@ def _without_section(card: str) -> str:
         card = card[end + len(_END) :].lstrip("\n")
 
 
-def _printable(text: str) -> str:
-    """Text of unknown origin without what a terminal or an editor would obey."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
 def _section(adapter: Adapter) -> str:
     ranks = sorted({module.rank * module.step for module in adapter.modules.values()})
     shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
@@ -59,7 +55,7 @@ def _section(adapter: Adapter) -> str:
     if adapter.dropped:
         lines.append(f"- {len(adapter.dropped)} modules with no energy worth keeping left the adapter")
     lines += [
-        _printable(f"- {step.get('step')}: {', '.join(f'{k} {v}' for k, v in step.items() if k != 'step')}")
+        printable(f"- {step.get('step')}: {', '.join(f'{k} {v}' for k, v in step.items() if k != 'step')}")
         for step in adapter.history
     ]
     if _last(adapter) == "post-squeeze":

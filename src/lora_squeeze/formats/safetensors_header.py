@@ -52,6 +52,11 @@ def quoted(text: object, limit: int = 120) -> str:
     return shown if len(shown) <= limit + 2 else f"{shown[: limit + 1]}...{shown[0]}"
 
 
+def printable(text: str) -> str:
+    """Text of unknown origin without what a terminal or an editor would obey."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 @dataclass(frozen=True)
 class Entry:
     """Where one tensor lies: ``nbytes`` bytes from the absolute offset ``begin`` of the file."""

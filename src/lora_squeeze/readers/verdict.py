@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.formats.safetensors_header import printable, quoted
 from lora_squeeze.readers.facts import DIFFUSERS, GGUF, KOHYA, NAMES, PEFT, Facts
 from lora_squeeze.readers.images import COMFYUI, DIFFUSERS_READER, SD_SCRIPTS
 from lora_squeeze.readers.local import LLAMA_CPP, MLX_LM, OLLAMA
@@ -206,7 +207,13 @@ def verdict(facts: Facts, reader: Reader, asked: Asked, *, adapter: str, base: s
         rules = [rule for rule in rules if rule.find is damaged]
     if facts.format not in reader.formats:
         rules.insert(0, _unread(facts, reader))
-    findings = [_finding(rule, hit, words) for rule in rules if (hit := rule.find(facts, asked))]
+    try:
+        findings = [_finding(rule, hit, words) for rule in rules if (hit := rule.find(facts, asked))]
+    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
+        raise LoraSqueezeError(
+            f"{quoted(adapter)}: a field of the configuration holds a value of a kind that it cannot have "
+            f"({quoted(error)}); restore the file from where the adapter came"
+        ) from None
     return Verdict(reader.key, reader.name, reader.version, tuple(findings))
 
 
@@ -239,8 +246,8 @@ def _finding(rule: Rule, hit: Hit, words: dict[str, Any]) -> Finding:
         rule=rule.id,
         severity=rule.severity,
         modules=hit.modules,
-        text=rule.text.format_map(fields),
-        cure=rule.cure.format_map(cure_fields),
+        text=printable(rule.text.format_map(fields)),
+        cure=printable(rule.cure.format_map(cure_fields)),
         source=rule.source,
         factor=hit.factor,
     )

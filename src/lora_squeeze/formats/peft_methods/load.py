@@ -23,7 +23,7 @@ from lora_squeeze.formats.peft_config import read_json
 from lora_squeeze.formats.peft_keys import NESTED, PREFIX, Layout, Shapes
 from lora_squeeze.formats.peft_methods import identities, variants, with_base
 from lora_squeeze.formats.peft_methods.base_weights import Base, weight
-from lora_squeeze.formats.peft_methods.parts import Computed, MethodFormat, Parts
+from lora_squeeze.formats.peft_methods.parts import Checked, Computed, MethodFormat, Parts, told
 from lora_squeeze.formats.peft_methods.table import Row, row_of
 from lora_squeeze.formats.safetensors_header import quoted
 from lora_squeeze.formats.safetensors_io import TensorFile
@@ -65,13 +65,14 @@ def load(folder: Path, *, base: Base | None = None) -> Adapter:
         if row.route == "plain":
             return peft.load(folder)
         file, shapes = _open(folder)
-        parts = _read(folder, file, shapes, config, row, base)
+        with told(row.name):
+            parts = _read(folder, file, shapes, config, row, base)
     except LoraSqueezeError as error:
         raise error if str(error).startswith(str(folder)) else LoraSqueezeError(f"{folder}: {error}") from None
     adapter = Adapter(
         modules=parts.modules,
         extras=parts.extras,
-        source=parts.source,
+        source=Checked(parts.source, f"{folder}: {row.name}"),
         format=MethodFormat(f"peft-{row.name.lower().replace(' ', '-')}", folder.resolve()),
         config=parts.config,
         metadata=dict(file.metadata),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from lora_squeeze.adapter import Adapter, Extra, Module, Progress, Source
+from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.kohya_keys import inner_dtype
 from lora_squeeze.formats.peft import PeftFormat, Tensors
+from lora_squeeze.formats.safetensors_header import quoted
 from lora_squeeze.lowrank import LowRank
 
 
@@ -59,6 +62,46 @@ class Computed:
     def digest(self) -> str | None:
         """sha256 of the adapter's file."""
         return self.file.sha256()
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Settings of the wrong kind, or that do not fit the tensors, become one line: every method has its own."""
+    try:
+        yield
+    except LoraSqueezeError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise LoraSqueezeError(
+            f"{what}: the configuration and the tensors do not fit together ({type(error).__name__}: {quoted(error)}); "
+            "get the adapter again"
+        ) from None
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """Source that tells of such settings where they show late.
+
+    Args:
+        source: what is asked.
+        what: the adapter, for the message.
+    """
+
+    source: Source
+    what: str
+
+    def updates(self, modules: Sequence[Module]) -> list[LowRank]:
+        """The updates of these modules."""
+        with told(self.what):
+            return self.source.updates(modules)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A carried tensor."""
+        return self.source.pieces(name)
+
+    def digest(self) -> str | None:
+        """sha256 of the adapter's file."""
+        return self.source.digest()
 
 
 @dataclass(frozen=True, eq=False)

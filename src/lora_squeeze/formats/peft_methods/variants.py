@@ -26,6 +26,7 @@ from lora_squeeze.adapter import Module
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.kohya_keys import inner_dtype
 from lora_squeeze.formats.peft import PeftSource, Tensors
+from lora_squeeze.formats.peft_config import check_kind, check_numbers
 from lora_squeeze.formats.peft_keys import PREFIX, Shapes, parse
 from lora_squeeze.formats.peft_methods.base_weights import Base, oriented, weight
 from lora_squeeze.formats.peft_methods.identities import full
@@ -69,7 +70,14 @@ class Expanded:
 
     def times(self, way: str) -> int:
         """How many times as many columns the plain form has."""
-        return int(self.config.get("qalora_group_size", 16) if way == "group" else self.config["use_bdlora"]["nblocks"])
+        name, given = (
+            ("qalora_group_size", self.config.get("qalora_group_size", 16))
+            if way == "group"
+            else ("nblocks", self.config["use_bdlora"]["nblocks"])
+        )
+        if not isinstance(given, int) or given < 1:
+            raise LoraSqueezeError(f"{name} must be a whole number from 1, found {given!r:.80}")
+        return given
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """The numbers of a carried tensor."""
@@ -115,6 +123,8 @@ def read(file: Tensors, shapes: Shapes, config: Mapping[str, Any], base: Base | 
         if key not in magnitudes.values() and not any(mark in key for mark in _TRAINING)
     }
     settings = {key: value for key, value in config.items() if key not in (*FIELDS, "qalora_group_size")}
+    check_kind(settings)
+    check_numbers(settings)
     modules, extras, notes = parse(plain, settings)
     plain_source = PeftSource(expanded)
     source: PeftSource | Dora = plain_source
