@@ -11,6 +11,7 @@ import argparse
 import importlib
 import random
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -95,7 +96,9 @@ def main() -> None:
     parser.add_argument("target")
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/lora-squeeze-fuzz"), help="corpus and findings")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir(), "lora-squeeze-fuzz"), help="corpus and findings"
+    )
     asked = parser.parse_args()
     try:
         import atheris

@@ -246,7 +246,7 @@ class Adapter:
         """Write the adapter in its format, all or nothing.
 
         Args:
-            path: folder to write.
+            path: folder or file to write, as the format has it.
             force: replace what is there.
             progress: called with (bytes done, bytes in all) after every batch of modules.
 

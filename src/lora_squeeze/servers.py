@@ -1,4 +1,4 @@
-"""Servers as data: which ranks they take, how they keep adapters. Read, not run: the sources name what and when."""
+"""Servers as data: which ranks they take, how they keep adapters. The sources name what was read or run, and when."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ SERVERS = (
         options="--enable-lora --max-lora-rank {rank} --max-loras {slots} --max-cpu-loras {cached} "
         "--lora-target-modules {targets}",
         source="vLLM 0.32.0: LoRAConfig (MaxLoRARanks), its check of PEFT configurations, and the layers' "
-        "create_lora_weights, read November 2026",
+        "create_lora_weights, read November 2026; limits, slots and their bytes asked of it in make test-engines",
     ),
     Server(
         name="SGLang",

@@ -77,7 +77,9 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command()
 def squeeze(
     adapter: AdapterArgument,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder or file to write.", show_default=False)
+    ] = None,
     rank: Annotated[int | None, _option("rank")] = None,
     energy: Annotated[float | None, _option("energy")] = None,
     error: Annotated[float | None, _option("error")] = None,

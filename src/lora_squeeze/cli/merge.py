@@ -21,7 +21,7 @@ def _own(name: str, *flags: str) -> Any:
     return option(name, *flags, module="combine", function="merge")
 
 
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default=False)]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder or file to write.", show_default=False)]
 Rank = Annotated[int | None, option("rank")]
 Energy = Annotated[float | None, option("energy")]
 Error = Annotated[float | None, option("error")]
@@ -111,7 +111,7 @@ def subtract(
 def rank_up(
     adapter: AdapterArgument,
     rank: Annotated[int, option("rank", "--rank", module="combine", function="rank_up")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder or file to write.", show_default=False)],
     seed: Annotated[int, option("seed", module="combine", function="rank_up")] = 0,
     subfolder: Subfolder = None,
     revision: Revision = None,

@@ -21,7 +21,7 @@ def option(name: str, *flags: str, module: str = "post_squeeze", function: str =
 
 
 AdapterArgument = Annotated[
-    str, typer.Argument(help="Folder of a PEFT or mlx-lm adapter, a GGUF file, or a hub id such as user/adapter.")
+    str, typer.Argument(help="Adapter of any format: a folder, a file, or a hub id such as user/adapter.")
 ]
 Subfolder = Annotated[str | None, option("subfolder", module="hub", function="load")]
 Revision = Annotated[str | None, option("revision", module="hub", function="load")]

@@ -6,7 +6,6 @@ squeezed, merged and inspected, and is written once it has been converted to a f
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,13 +24,12 @@ from lora_squeeze.formats.dense_difference import matrices
 from lora_squeeze.formats.dense_keys import HEADS
 from lora_squeeze.formats.dense_parts import Layout, Parts, Vocabulary, Wanted, sort
 from lora_squeeze.formats.dense_svd import leading_factors
-from lora_squeeze.formats.safetensors_io import read_regular
+from lora_squeeze.formats.peft_config import read_json
 from lora_squeeze.lowrank import LowRank
 
 MAX_RANK = 128
 _HEAD = "lm_head"  # of transformers' models that tie it to the embedding
 _INPUTS = frozenset({"embed_tokens", "wte", "embed_in"})
-_CONFIG_BYTES = 2**20
 
 
 def extract(
@@ -159,8 +157,8 @@ def _tied(modules: Mapping[str, Module], tuned: BaseModel, base: BaseModel) -> d
 def _settings(model: BaseModel) -> Mapping[str, Any]:
     """config.json beside the weights; nothing where it cannot be read."""
     try:
-        found = json.loads(read_regular(_folder(model) / "config.json", _CONFIG_BYTES))
-    except (LoraSqueezeError, ValueError, RecursionError):
+        found = read_json(_folder(model) / "config.json")
+    except LoraSqueezeError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -7,7 +7,6 @@ every module, which is what readers take that look at the tensors alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,12 +17,13 @@ from lora_squeeze.adapter import Adapter, Extra, Module, Progress
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.diffusers_header import read_settings, write_settings
 from lora_squeeze.formats.diffusers_keys import Layout, is_mixed, is_ours, parse
-from lora_squeeze.formats.history import header_strings, read_history, reserve_bytes
+from lora_squeeze.formats.history import read_history
 from lora_squeeze.formats.kohya import DIFFUSERS_KEY, STALE
 from lora_squeeze.formats.peft import PeftSource, factor_shapes
-from lora_squeeze.formats.safetensors_header import header_json, layout, quoted
-from lora_squeeze.formats.safetensors_io import TensorFile, TensorFileWriter
+from lora_squeeze.formats.safetensors_header import quoted
+from lora_squeeze.formats.safetensors_io import TensorFile
 from lora_squeeze.formats.single_file import check_target, replace_file
+from lora_squeeze.formats.streaming import check_finite, header_bound, write_tensors
 from lora_squeeze.lowrank import LowRank
 
 Entries = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -108,35 +108,23 @@ class DiffusersFormat:
         """Header, settings and alphas: an upper bound of what is no number of a factor or a carried tensor."""
         copy = _is_copy(adapter)
         entries = _entries(adapter, copy=copy) | (_alphas(adapter) if copy else {})
-        # Lower ranks have no more digits; a dtype may be spelled with one letter more; the data begins at eight bytes.
-        header = 8 + len(header_json(layout(entries), {})) + len(entries) + 8
-        return header + reserve_bytes(_with_settings(adapter, longest=True)) + 8 * len(adapter.modules)
+        return header_bound(_with_settings(adapter, longest=True), entries) + 8 * len(adapter.modules)
 
 
 def _write(adapter: Adapter, path: Path, progress: Progress | None) -> None:
-    """Stream the tensors; the digest of the source is taken meanwhile."""
-    done, total = 0, adapter.lora_bytes + adapter.extra_bytes
     copy = _is_copy(adapter)
+    entries = _entries(adapter, copy=copy) | (_alphas(adapter) if copy else {})
+
+    def stored(module: Module, update: LowRank) -> dict[str, Tensor]:
+        alpha = module.layout.alpha if copy else None
+        beside = {} if alpha is None else {alpha[0]: torch.cat(list(adapter.source.pieces(alpha[0]))).reshape(alpha[2])}
+        return _stored(module, update, copy=copy) | beside
+
+    def carried(extra: Extra) -> tuple[str, Iterator[Tensor]]:
+        return _extra_key(adapter, extra, copy=copy), _extra_pieces(adapter, extra, copy=copy)
+
     told = adapter if copy else _with_settings(adapter)
-    alphas = _alphas(adapter) if copy else {}
-    entries = _entries(adapter, copy=copy) | alphas
-    with ThreadPoolExecutor(1) as pool, TensorFileWriter(path, entries, reserve_bytes(told)) as writer:
-        digest = pool.submit(adapter.source.digest)
-        for batch in adapter.batches():
-            for module, update in zip(batch, adapter.source.updates(batch), strict=True):
-                for key, tensor in _stored(module, update, copy=copy).items():
-                    writer.write(key, tensor)
-                done += module.size_bytes
-            if progress:
-                progress(done, total)
-        for key in alphas:
-            writer.write_pieces(key, adapter.source.pieces(key))
-        for extra in adapter.extras.values():
-            writer.write_pieces(_extra_key(adapter, extra, copy=copy), _extra_pieces(adapter, extra, copy=copy))
-            done += extra.size_bytes
-            if progress:
-                progress(done, total)
-        writer.close(header_strings(told, digest.result()))
+    write_tensors(path, adapter, entries, stored, progress, carried=carried, told=told)
 
 
 def _is_copy(adapter: Adapter) -> bool:
@@ -178,11 +166,7 @@ def _stored(module: Module, update: LowRank, *, copy: bool) -> dict[str, Tensor]
     for key, factor, dtype, shape in zip(
         _keys(module, copy=copy), (whole.A, whole.B), dtypes, factor_shapes(module), strict=True
     ):
-        if not bool(factor.float().isfinite().all()):
-            raise LoraSqueezeError(
-                f"{module.name}: the factors hold NaN or infinity, or do not fit in {module.dtype}; ask for dtype "
-                "float32 or bfloat16 if the source is sound"
-            )
+        check_finite(module, factor)
         stored[key] = factor.to(dtype).reshape(shape)
     return stored
 

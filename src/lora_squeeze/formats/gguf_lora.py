@@ -26,6 +26,7 @@ from lora_squeeze.formats.history import HISTORY_KEY, header_strings, read_histo
 from lora_squeeze.formats.safetensors_header import check_shown, quoted
 from lora_squeeze.formats.safetensors_io import read_regular
 from lora_squeeze.formats.single_file import check_target, replace_file
+from lora_squeeze.formats.streaming import check_finite
 from lora_squeeze.lowrank import LowRank
 
 ALPHA_KEY = "adapter.lora.alpha"
@@ -274,11 +275,7 @@ def _data(adapter: Adapter, progress: Progress | None) -> Iterator[Tensor]:
 
 def _stored(module: Module, update: LowRank) -> tuple[Tensor, Tensor]:
     """The factors as the file has them."""
-    if not (update.A.isfinite().all() and update.B.isfinite().all()):
-        raise LoraSqueezeError(
-            f"{module.name}: the factors hold NaN or infinity, or do not fit in {module.dtype}; ask for dtype float32 "
-            "or bfloat16 if the source is sound"
-        )
+    check_finite(module, update.A, update.B)
     return (update.A.T if module.kind == "embedding" else update.A), update.B
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,11 +17,12 @@ from lora_squeeze.adapter import Adapter, Module, Progress
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats import lycoris
 from lora_squeeze.formats.borrowed import Borrowed, Origin
-from lora_squeeze.formats.history import header_strings, read_history, reserve_bytes
+from lora_squeeze.formats.history import read_history
 from lora_squeeze.formats.kohya_keys import ALPHA, Alpha, Layout, inner_dtype, is_ours, parse
-from lora_squeeze.formats.safetensors_header import header_json, layout, quoted
-from lora_squeeze.formats.safetensors_io import TensorFile, TensorFileWriter
+from lora_squeeze.formats.safetensors_header import quoted
+from lora_squeeze.formats.safetensors_io import TensorFile
 from lora_squeeze.formats.single_file import check_target, replace_file
+from lora_squeeze.formats.streaming import check_finite, header_bound, write_tensors
 from lora_squeeze.lowrank import LowRank
 
 DIFFUSERS_KEY = "lora_adapter_metadata"  # a header with it has the scales; the tensors do not
@@ -126,32 +126,18 @@ class KohyaFormat:
 
     def overhead_bytes(self, adapter: Adapter) -> int:
         """Header, metadata and alphas: an upper bound of what is no number of a factor or a carried tensor."""
-        entries = _entries(adapter, alphas=True)
-        # Lower ranks have no more digits; a dtype may be spelled with one letter more; the data begins at eight bytes.
-        header = 8 + len(header_json(layout(entries), {})) + len(entries) + reserve_bytes(adapter) + 8
-        return header + 8 * len(adapter.modules)  # an alpha has eight bytes at most
+        # An alpha has eight bytes at most.
+        return header_bound(adapter, _entries(adapter, alphas=True)) + 8 * len(adapter.modules)
 
 
 def _write(adapter: Adapter, path: Path, progress: Progress | None) -> None:
-    """Stream the tensors; the digest of the source is taken meanwhile."""
-    done, total = 0, adapter.lora_bytes + adapter.extra_bytes
     entries = _entries(adapter, alphas=not _as_read(adapter))
-    with ThreadPoolExecutor(1) as pool, TensorFileWriter(path, entries, reserve_bytes(adapter)) as writer:
-        digest = pool.submit(adapter.source.digest)
-        for batch in adapter.batches():
-            for module, update in zip(batch, adapter.source.updates(batch), strict=True):
-                for key, tensor in _stored(module, update).items():
-                    if key in entries:
-                        writer.write(key, tensor)
-                done += module.size_bytes
-            if progress:
-                progress(done, total)
-        for name, extra in adapter.extras.items():
-            writer.write_pieces(name, adapter.pieces(name))
-            done += extra.size_bytes
-            if progress:
-                progress(done, total)
-        writer.close(header_strings(replace(adapter, metadata=_strings(adapter)), digest.result()))
+
+    def stored(module: Module, update: LowRank) -> dict[str, Tensor]:
+        return {key: tensor for key, tensor in _stored(module, update).items() if key in entries}
+
+    told = replace(adapter, metadata=_strings(adapter))
+    write_tensors(path, adapter, entries, stored, progress, told=told)
 
 
 def _as_read(adapter: Adapter) -> bool:
@@ -245,22 +231,13 @@ def _stored(module: Module, update: LowRank) -> dict[str, Tensor]:
     """The tensors of one module as the file has them, with the scale that readers make of the alpha."""
     alpha = write_alpha(module)
     update = update.with_scale(alpha.value / module.rank, module.dtype)
-    if not (_finite(update.A) and _finite(update.B)):
-        raise LoraSqueezeError(
-            f"{module.name}: the factors hold NaN or infinity, or do not fit in {module.dtype}; ask for dtype float32 "
-            "or bfloat16 if the source is sound"
-        )
+    check_finite(module, update.A, update.B)
     (down, down_shape), (up, up_shape) = _shapes(module).items()
     return {
         down: update.A.reshape(down_shape),
         up: update.B.reshape(up_shape),
         f"{module.name}.{ALPHA}": torch.full(alpha.shape, alpha.value, dtype=alpha.dtype),
     }
-
-
-def _finite(factor: Tensor) -> bool:
-    """Whether there is no NaN or infinity; torch cannot tell for all kinds of float8."""
-    return bool((factor.float() if factor.dtype.itemsize == 1 else factor).isfinite().all())
 
 
 def _strings(adapter: Adapter) -> dict[str, str]:

@@ -11,7 +11,6 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,13 @@ from torch.nn.functional import pad
 from lora_squeeze.adapter import Adapter, Extra, Kind, Module, Progress, common_dtype
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.folder import check_target, replace_folder
-from lora_squeeze.formats.history import header_strings, read_history, reserve_bytes
+from lora_squeeze.formats.history import read_history
 from lora_squeeze.formats.model_card import CARD_NAME, model_card
 from lora_squeeze.formats.peft_config import CONFIG_NAME, is_number, read_json
 from lora_squeeze.formats.peft_keys import Shapes
-from lora_squeeze.formats.safetensors_header import check_shown, header_json, layout, quoted
-from lora_squeeze.formats.safetensors_io import TensorFile, TensorFileWriter
+from lora_squeeze.formats.safetensors_header import check_shown, quoted
+from lora_squeeze.formats.safetensors_io import TensorFile
+from lora_squeeze.formats.streaming import header_bound, write_tensors
 from lora_squeeze.lowrank import LowRank
 
 WEIGHTS_NAME = "adapters.safetensors"
@@ -274,34 +274,21 @@ class MlxFormat:
         Notes:
             For modules of one group, as `load` gives them, no zeros are needed and a budget of bytes holds exactly.
         """
-        entries = _entries(adapter)
         padding = sum(
             (adapter.rank - module.rank) * module.parameters_per_rank * module.dtype.itemsize
             for module in adapter.modules.values()
         )
-        # Lower ranks have no more digits; a dtype may be spelled with one letter more; the data begins at eight bytes.
-        return 8 + len(header_json(layout(entries), {})) + len(entries) + reserve_bytes(adapter) + 8 + padding
+        return header_bound(adapter, _entries(adapter)) + padding
 
 
 def _write_weights(adapter: Adapter, path: Path, progress: Progress | None) -> None:
-    """Stream the tensors, all with one rank and one scale; the digest of the source is taken meanwhile."""
-    scale = _scale(adapter)
-    done, total = 0, adapter.lora_bytes + adapter.extra_bytes
-    with ThreadPoolExecutor(1) as pool, TensorFileWriter(path, _entries(adapter), reserve_bytes(adapter)) as writer:
-        digest = pool.submit(adapter.source.digest)
-        for batch in adapter.batches():
-            for module, update in zip(batch, adapter.source.updates(batch), strict=True):
-                for key, tensor in _stored(module, update.with_scale(scale), adapter.rank).items():
-                    writer.write(key, tensor)
-                done += module.size_bytes
-            if progress:
-                progress(done, total)
-        for name, extra in adapter.extras.items():
-            writer.write_pieces(name, adapter.pieces(name))
-            done += extra.size_bytes
-            if progress:
-                progress(done, total)
-        writer.close(header_strings(adapter, digest.result()))
+    """Write the tensors, all with one rank and one scale."""
+    scale, rank = _scale(adapter), adapter.rank
+
+    def stored(module: Module, update: LowRank) -> dict[str, Tensor]:
+        return _stored(module, update.with_scale(scale), rank)
+
+    write_tensors(path, adapter, _entries(adapter), stored, progress)
 
 
 def _entries(adapter: Adapter) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -11,7 +11,6 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,17 +18,18 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lora_squeeze.adapter import Adapter, Module, Progress
+from lora_squeeze.adapter import Adapter, Extra, Module, Progress
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.folder import check_target, replace_folder
-from lora_squeeze.formats.history import header_strings, read_history, reserve_bytes
+from lora_squeeze.formats.history import read_history
 from lora_squeeze.formats.model_card import CARD_NAME, model_card
 from lora_squeeze.formats.peft_config import CONFIG_NAME as CONFIG_NAME
 from lora_squeeze.formats.peft_config import read_config, squeezed_config
 from lora_squeeze.formats.peft_keys import PREFIX, Layout, parse
 from lora_squeeze.formats.pickles import check_pickled, load_pickle
-from lora_squeeze.formats.safetensors_header import header_json, layout, not_safetensors, quoted
-from lora_squeeze.formats.safetensors_io import PIECE_BYTES, TensorFile, TensorFileWriter, read_regular
+from lora_squeeze.formats.safetensors_header import not_safetensors, quoted
+from lora_squeeze.formats.safetensors_io import PIECE_BYTES, TensorFile, read_regular
+from lora_squeeze.formats.streaming import header_bound, write_tensors
 from lora_squeeze.lowrank import LowRank
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -229,35 +229,24 @@ class PeftFormat:
 
     def overhead_bytes(self, adapter: Adapter) -> int:
         """Header and metadata: an upper bound of what the weights file holds beside its tensors."""
-        entries = _entries(adapter)
-        # Lower ranks have no more digits; a dtype may be spelled with one letter more; the data begins at eight bytes.
-        return 8 + len(header_json(layout(entries), {})) + len(entries) + reserve_bytes(adapter) + 8
+        return header_bound(adapter, _entries(adapter))
 
 
 def _write_weights(adapter: Adapter, path: Path, progress: Progress | None) -> None:
-    """Stream the tensors, all with the one scale of the configuration; the digest of the source is taken meanwhile."""
+    """Write the tensors, all with the one scale of the configuration."""
     scale = _scale(adapter)
-    done, total = 0, adapter.lora_bytes + adapter.extra_bytes
-    with ThreadPoolExecutor(1) as pool, TensorFileWriter(path, _entries(adapter), reserve_bytes(adapter)) as writer:
-        digest = pool.submit(adapter.source.digest)
-        for batch in adapter.batches():
-            for module, update in zip(batch, adapter.source.updates(batch), strict=True):
-                for key, tensor in zip(
-                    module.layout.new_keys(module.kind), _stored(module, update.with_scale(scale)), strict=True
-                ):
-                    writer.write(key, tensor)
-                done += module.size_bytes
-            if progress:
-                progress(done, total)
-        for name, extra in adapter.extras.items():
-            pieces = adapter.pieces(name)
-            if extra.module is not None and (ratio := adapter.modules[extra.module].scale / scale) != 1:
-                pieces = ((piece * ratio).to(piece.dtype) for piece in pieces)
-            writer.write_pieces(_new_key(name, adapter), pieces)
-            done += extra.size_bytes
-            if progress:
-                progress(done, total)
-        writer.close(header_strings(adapter, digest.result()))
+
+    def stored(module: Module, update: LowRank) -> dict[str, Tensor]:
+        keys = module.layout.new_keys(module.kind)
+        return dict(zip(keys, _stored(module, update.with_scale(scale)), strict=True))
+
+    def carried(extra: Extra) -> tuple[str, Iterator[Tensor]]:
+        pieces = adapter.pieces(extra.name)
+        if extra.module is not None and (ratio := adapter.modules[extra.module].scale / scale) != 1:
+            pieces = ((piece * ratio).to(piece.dtype) for piece in pieces)
+        return _new_key(extra.name, adapter), pieces
+
+    write_tensors(path, adapter, _entries(adapter), stored, progress, carried=carried)
 
 
 def _entries(adapter: Adapter) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
