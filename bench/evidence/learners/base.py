@@ -1,0 +1,74 @@
+"""What the harness asks of a base model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bench.evidence.data import Data, Example
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a model did on some examples. A unit is what is predicted at once: a token of an answer, or a class.
+
+    Args:
+        loss: nats of each unit.
+        confidence: probability of the likeliest choice, by unit.
+        right: whether that choice is the right one, by unit.
+        exact: whether all units of an example are right, by example: greedy decoding then writes the right answer.
+    """
+
+    loss: Tensor
+    confidence: Tensor
+    right: Tensor
+    exact: Tensor
+
+    @staticmethod
+    def of(logits: Tensor, labels: Tensor, ignored: int) -> Scores:
+        """Scores from logits (examples, units, choices) and labels (examples, units); ignored labels are no units."""
+        counted = labels != ignored
+        found = logits.float().log_softmax(-1)
+        best, choice = found.max(-1)
+        gold = found.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        right = choice == labels
+        return Scores(-gold[counted], best[counted].exp(), right[counted], (right | ~counted).all(-1))
+
+    @staticmethod
+    def join(parts: Sequence[Scores]) -> Scores:
+        """Scores of several batches as one."""
+        return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in Scores.__dataclass_fields__))
+
+
+class Learner(Protocol):
+    """A base model, and how it learns a task."""
+
+    name: str
+    device: torch.device
+    targets: Any  # PEFT's target_modules for plain LoRA
+    task_type: str | None
+
+    def attach(self, config: Any, data: Data, seed: int) -> Any:
+        """A PEFT model with a fresh adapter; the one before is taken off."""
+
+    def base_folder(self) -> Path | None:
+        """The base model on disk, for methods whose update needs its weights; None: there is none."""
+
+    def batches(self, data: Data, examples: Sequence[Example], size: int) -> list[Batch]:
+        """Examples in their order, by batches of one shape; the last one may be smaller."""
+
+    def usable(self, data: Data, examples: Sequence[Example]) -> list[Example]:
+        """The examples that fit."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss of one batch, in nats a unit."""
+
+    def score(self, model: nn.Module, batch: Batch) -> Scores:
+        """Scores of one batch."""

@@ -1,0 +1,170 @@
+"""From what is asked to the jobs that are still to be done."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from bench.evidence import methods
+from bench.evidence.rows import Row, like
+from bench.evidence.tune import GUESS, chosen_rate, next_rates
+from bench.evidence.work import PEFT, Job
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run of the bench is asked for.
+
+    Args:
+        model: of `learners`.
+        tasks, seeds, methods: for all combinations; for tuning, rates are the best over all tasks and seeds given.
+        ranks: target ranks.
+        source_rank: of the source and of squeezes while training.
+        steps, batch: optimiser steps, and examples a step.
+        examples: measured on, of the test or the validation data.
+        store: folder for trained sources.
+        foreign: "peft:NAME" -> settings of PEFT's configuration.
+        rate: for every method, in place of the tuned ones.
+    """
+
+    model: str
+    tasks: Sequence[str]
+    seeds: Sequence[int]
+    methods: Sequence[str]
+    ranks: Sequence[int]
+    source_rank: int
+    steps: int
+    batch: int
+    examples: int
+    store: str
+    foreign: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rate: float | None = None
+
+
+def final_jobs(asked: Asked, rows: Sequence[Row]) -> dict[str, Job]:
+    """The jobs whose rows are missing, by a name that says what they are: all tasks of the first seed first."""
+    jobs: dict[str, Job] = {}
+    for seed in asked.seeds:
+        for task in asked.tasks:
+            for job in _cell(asked, rows, task, seed):
+                wanted = tuple(w for w in job.wanted if not _done(rows, job, w))
+                if wanted:
+                    jobs[_name(job)] = _with(job, wanted=wanted)
+    return jobs
+
+
+def tuning_jobs(asked: Asked, rows: Sequence[Row]) -> dict[str, Job]:
+    """The next learning rates to try, of all methods and ranks; none when all are found.
+
+    The others wait for the source: its rate is where they begin, and what cont goes on from.
+    """
+    mine = like(rows, kind="result", purpose="tune", model=asked.model, steps=asked.steps)
+    jobs: dict[str, Job] = {}
+    waiting = False
+    for method, rank in _arms(asked):
+        if waiting and not method.startswith(PEFT):
+            continue
+        tried = [row for row in like(mine, method=method, rank=rank) if row["task"] in asked.tasks]
+        rates = next_rates(tried, _guess(asked, mine, method, rank)) or sorted({float(row["rate"]) for row in tried})
+        for rate, task, seed in itertools.product(rates, asked.tasks, asked.seeds):
+            job = _tuning_job(asked, mine, task, seed, method, rank, rate)
+            if not _done(rows, job, job.wanted[0]):
+                _add(jobs, job)
+        waiting = waiting or ((method, rank) == (methods.SOURCE, asked.source_rank) and bool(jobs))
+    return jobs
+
+
+def _add(jobs: dict[str, Job], job: Job) -> None:
+    """Jobs that only differ in what they derive from one source are one."""
+    name = _name(job)
+    wanted = (*jobs[name].wanted, *job.wanted) if name in jobs else job.wanted
+    jobs[name] = _with(job, wanted=wanted)
+
+
+def _arms(asked: Asked) -> Iterator[tuple[str, int]]:
+    """Methods with a learning rate of their own, and ranks; neighbours in rank are near in rate."""
+    yield methods.SOURCE, asked.source_rank
+    for method in asked.methods:
+        if method in methods.TRAINED:
+            for rank in asked.ranks:
+                yield method, rank
+    for method in asked.foreign:
+        yield method, 0
+
+
+def _guess(asked: Asked, rows: Sequence[Row], method: str, rank: int) -> float:
+    """The best rate of the source, once it is known."""
+    if (method, rank) == (methods.SOURCE, asked.source_rank) or method.startswith(PEFT):
+        return GUESS
+    known = like(rows, method=methods.SOURCE, rank=asked.source_rank)
+    return chosen_rate(known, asked.model, methods.SOURCE, asked.source_rank, asked.steps) if known else GUESS
+
+
+def _tuning_job(
+    asked: Asked, rows: Sequence[Row], task: str, seed: int, method: str, rank: int, rate: float
+) -> Job:  # fmt: skip
+    if method in methods.CONTINUED:
+        source = chosen_rate(rows, asked.model, methods.SOURCE, asked.source_rank, asked.steps)
+        trained = (methods.SOURCE, asked.source_rank, source)
+    else:
+        trained = (method, rank, rate)
+    return _job(asked, task, seed, *trained, ((method, rank, rate),), "tune")
+
+
+def _cell(asked: Asked, rows: Sequence[Row], task: str, seed: int) -> Iterator[Job]:
+    """All jobs of one task and seed, the longest first."""
+
+    def rate(method: str, rank: int) -> float:
+        if asked.rate is not None:
+            return asked.rate
+        return chosen_rate(rows, asked.model, method, rank, asked.steps)
+
+    def job(method: str, rank: int, wanted: Sequence[tuple[str, int, float | None]]) -> Job:
+        return _job(asked, task, seed, method, rank, rate(method, rank), tuple(wanted), "final")
+
+    source = methods.SOURCE, asked.source_rank
+    derived: list[tuple[str, int, float | None]] = [
+        (method, rank, rate(method, rank) if method in methods.CONTINUED else None)
+        for method in asked.methods
+        if methods.from_source(method)
+        for rank in asked.ranks
+    ]
+    yield job(*source, [(*source, rate(*source)), *derived])
+    yield _job(asked, task, seed, "base", 0, 0.0, (("base", 0, None),), "final")
+    for method in asked.methods:
+        if not methods.from_source(method):
+            for rank in asked.ranks:
+                yield job(method, rank, [(method, rank, rate(method, rank))])
+    for method in asked.foreign:
+        small = [(f"{method} squeezed", rank, rate(method, 0)) for rank in asked.ranks]
+        yield job(method, 0, [(method, 0, rate(method, 0)), *small])
+
+
+def _job(
+    asked: Asked, task: str, seed: int, method: str, rank: int, rate: float,
+    wanted: tuple[tuple[str, int, float | None], ...], purpose: str,
+) -> Job:  # fmt: skip
+    return Job(
+        model=asked.model, task=task, seed=seed, method=method, rank=rank, rate=rate, wanted=wanted,
+        steps=asked.steps, batch=asked.batch, source_rank=asked.source_rank, purpose=purpose,
+        examples=asked.examples, store=asked.store, options=dict(asked.foreign.get(method, {})),
+    )  # fmt: skip
+
+
+def _with(job: Job, wanted: tuple[tuple[str, int, float | None], ...]) -> Job:
+    return replace(job, wanted=wanted)
+
+
+def _name(job: Job) -> str:
+    return f"{job.model} {job.task} {job.method} {job.rank} seed {job.seed} rate {job.rate:g} {job.purpose}"
+
+
+def _done(rows: Sequence[Row], job: Job, wanted: tuple[str, int, float | None]) -> bool:
+    method, rank, rate = wanted
+    key: dict[str, Any] = {name: getattr(job, name) for name in ("model", "task", "seed", "steps", "batch", "purpose")}
+    if job.purpose == "tune":
+        key["rate"] = rate
+    key |= {"method": method, "rank": rank, "source_rank": job.source_rank, "options": job.options}
+    return bool(like(rows, kind="result", **key))

@@ -1,0 +1,238 @@
+"""Rows in the shape in which tables and verdicts ask for them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bench.evidence.methods import DEFAULT_METHODS, METHODS, SOURCE
+from bench.evidence.rows import Row, read_rows
+from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.scores import aurac
+
+BASE = ("base", 0)
+Arm = tuple[str, int]  # method, rank; rank 0 where a method has none
+Run = tuple[str, int]  # task, seed
+_KEY = ("task", "method", "rank", "seed", "purpose")
+_NEEDED = (*_KEY, "model", "loss", "accuracy")
+_SETTING = ("model", "steps", "batch", "source_rank")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure of a row, and how it is written.
+
+    Args:
+        field: its name in the row.
+        title: with unit.
+        factor, digits: of the number that is shown.
+        sign: 1 if larger is better, -1 if smaller is.
+    """
+
+    field: str
+    title: str
+    factor: float
+    digits: int
+    sign: int
+
+
+ACCURACY = Measure("accuracy", "accuracy, %", 100, 2, 1)
+UNITS = Measure("unit_accuracy", "units right, %", 100, 2, 1)
+LOSS = Measure("loss", "loss, nats a unit", 1, 4, -1)
+
+
+@dataclass
+class Results:
+    """All rows of one model with one budget.
+
+    Args:
+        setting: model, steps, batch and source rank.
+        cells: final rows by (task, seed), then by (method, rank).
+        tuning: rows of learning rates tried.
+    """
+
+    setting: Mapping[str, Any]
+    cells: dict[Run, dict[Arm, Row]] = field(default_factory=dict)
+    tuning: list[Row] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The model, alone."""
+        return str(self.setting["model"])
+
+    @property
+    def title(self) -> str:
+        """The model and its budget."""
+        steps, batch, rank = (self.setting[name] for name in _SETTING[1:])
+        budget = f"{steps} steps" + (f" of {batch} examples" if batch is not None else "")
+        parts = [self.name, *([budget] if steps is not None else []), *([f"source rank {rank}"] if rank else [])]
+        return ", ".join(parts)
+
+    @cached_property
+    def arms(self) -> list[Arm]:
+        """Methods and ranks that have a row, in the order of tables: by method, high ranks first."""
+        return sorted({arm for cell in self.cells.values() for arm in cell}, key=self.place)
+
+    @staticmethod
+    def place(arm: Arm) -> tuple[int, str, int]:
+        """Sorts the base model first, then the methods of the bench in their order, then all others by name."""
+        known = [BASE[0], *METHODS]
+        return known.index(arm[0]) if arm[0] in known else len(known), arm[0], -arm[1]
+
+    @property
+    def source(self) -> Arm:
+        """What squeezes begin with: direct training at the source rank."""
+        ranks = [rank for method, rank in self.arms if method == SOURCE]
+        return SOURCE, self.setting["source_rank"] or max(ranks, default=0)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks that have a final row."""
+        return sorted({task for task, _ in self.cells})
+
+    def ranks(self, *methods: str) -> list[int]:
+        """Target ranks at which each of these methods has a row, high ranks first."""
+        found = [{rank for m, rank in self.arms if m == method and 0 < rank} for method in methods]
+        below = [rank for rank in set.intersection(*found) if rank < self.source[1]] if found else []
+        return sorted(below, reverse=True)
+
+    def core(self) -> list[str]:
+        """The methods of the main tables."""
+        present = {method for method, _ in self.arms}
+        return [method for method in DEFAULT_METHODS if method in present]
+
+    def further(self) -> list[str]:
+        """All others but the base model."""
+        return [m for m in dict.fromkeys(method for method, _ in self.arms) if m not in (*DEFAULT_METHODS, BASE[0])]
+
+    def core_ranks(self) -> list[int]:
+        """Target ranks of the main tables: all that any core method has."""
+        return sorted({rank for method in self.core() for rank in self.ranks(method)}, reverse=True)
+
+    def core_arms(self) -> list[Arm]:
+        """The source, and the core methods at the ranks that they have."""
+        return [self.source, *((method, rank) for method in self.core() for rank in self.ranks(method))]
+
+    def balanced(self, arms: Iterable[Arm]) -> list[Run]:
+        """The (task, seed) that have all of these."""
+        wanted = list(arms)
+        return sorted(run for run, cell in self.cells.items() if all(arm in cell for arm in wanted))
+
+    def values(self, arm: Arm, name: str, runs: Iterable[Run]) -> dict[Run, float]:
+        """One figure of an arm, by (task, seed); NaN where the row has none."""
+        return {run: _number(self.cells[run][arm].get(name)) for run in runs}
+
+    def gains(self, arm: Arm, other: Arm, measure: Measure, runs: Iterable[Run]) -> dict[Run, float]:
+        """How much better an arm is than another, by (task, seed)."""
+        mine, theirs = (self.values(a, measure.field, runs) for a in (arm, other))
+        return {run: measure.sign * (mine[run] - theirs[run]) for run in mine}
+
+    def areas(self, method: str, ranks: Sequence[int], measure: Measure, runs: Iterable[Run]) -> dict[Run, float]:
+        """AURAC over these ranks on the log2 axis, by (task, seed)."""
+        rising = sorted(ranks)
+        heights = {run: [_number(self.cells[run][method, r].get(measure.field)) for r in rising] for run in runs}
+        return {run: aurac(rising, h) if all(map(math.isfinite, h)) else math.nan for run, h in heights.items()}
+
+    def never(self) -> list[Arm]:
+        """What the main tables have a cell for and no task a row."""
+        wanted = [BASE, self.source, *((method, rank) for method in self.core() for rank in self.core_ranks())]
+        return [arm for arm in wanted if arm not in self.arms]
+
+    def missing(self) -> dict[Run, list[Arm]]:
+        """What a (task, seed) lacks of what another has: every core arm and the base model, for every task and seed.
+
+        A further method is asked for on the tasks alone that it has been run on.
+        """
+        seeds = sorted({seed for _, seed in self.cells})
+        wanted = [arm for arm in (BASE, *self.core_arms()) if arm in self.arms]
+        found: dict[Run, list[Arm]] = {}
+        for task in self.tasks:
+            here = {arm for run, cell in self.cells.items() if run[0] == task for arm in cell}
+            more = [arm for arm in self.arms if arm in here and arm not in wanted]
+            for seed in seeds:
+                absent = [arm for arm in [*wanted, *more] if arm not in self.cells.get((task, seed), {})]
+                if absent:
+                    found[task, seed] = absent
+        return found
+
+
+def labels(models: Sequence[Results]) -> list[str]:
+    """Short names of these: the model alone, where it comes with one budget."""
+    names = [results.name for results in models]
+    return [results.name if names.count(results.name) == 1 else results.title for results in models]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a report is made from.
+
+    Args:
+        models: results by model and budget, in order.
+        machines: rows of kind "machine".
+        duplicates: number of rows left out because an earlier one has the same key.
+    """
+
+    models: list[Results]
+    machines: list[Row]
+    duplicates: int
+
+
+def read(paths: Sequence[Path]) -> Report:
+    """Sort the rows of these files.
+
+    Of rows with one key the first counts, by the time in the row, so that the order of files does not matter.
+
+    Raises:
+        LoraSqueezeError: a file that is not there, or a result without one of the figures that are needed.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise LoraSqueezeError(f"{path}: no such file of rows")
+    return gather(read_rows(paths))
+
+
+def gather(rows: Iterable[Row]) -> Report:
+    """The same from rows in memory."""
+    ordered = sorted(rows, key=lambda row: (str(row.get("time", "")), json.dumps(row, sort_keys=True)))
+    models: dict[tuple[Any, ...], Results] = {}
+    seen: set[str] = set()
+    duplicates = 0
+    for row in ordered:
+        if row.get("kind") != "result":
+            continue
+        absent = [name for name in _NEEDED if row.get(name) is None]
+        if absent:
+            raise LoraSqueezeError(f"a result has no {', '.join(absent)}: {json.dumps(row)[:200]}")
+        setting = tuple(row.get(name) for name in _SETTING)
+        rate = row.get("rate") if row["purpose"] == "tune" else None
+        key = json.dumps([setting, [row[name] for name in _KEY], row.get("options"), rate], sort_keys=True)
+        duplicates += key in seen
+        if key not in seen:
+            seen.add(key)
+            _put(models.setdefault(setting, Results(dict(zip(_SETTING, setting, strict=True)))), row)
+    order = sorted(models, key=lambda setting: [(part is not None, part) for part in setting])
+    machines = [row for row in ordered if row.get("kind") == "machine"]
+    return Report([models[setting] for setting in order], machines, duplicates)
+
+
+def method_name(row: Row) -> str:
+    """The method, with its settings where it has some: others would be another method."""
+    options = row.get("options")
+    return str(row["method"]) + (f" {json.dumps(options, sort_keys=True)}" if options else "")
+
+
+def _put(results: Results, row: Row) -> None:
+    if row["purpose"] == "tune":
+        results.tuning.append(row)
+    else:
+        arms = results.cells.setdefault((row["task"], row["seed"]), {})
+        arms[method_name(row), row["rank"]] = row
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)

@@ -1,0 +1,339 @@
+"""The harness of measurements: equal data for all methods, nothing run twice, rates chosen on validation data."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.evidence import __main__ as command_line
+from bench.evidence import methods, tasks
+from bench.evidence.data import Data, Example, place, split
+from bench.evidence.learners import learner
+from bench.evidence.learners.base import Scores
+from bench.evidence.loop import evaluate, order, train
+from bench.evidence.plan import Asked, final_jobs, tuning_jobs
+from bench.evidence.rows import Row, append, like, read_rows
+from bench.evidence.tune import chosen_rate, next_rates, on_grid
+from bench.evidence.tune import place as on_grid_place
+from bench.evidence.work import Job, work
+from lora_squeeze.errors import LoraSqueezeError
+
+EXAMPLES = [Example(f"{n:03d} =", f"{n % 7}") for n in range(300)]
+RANKS = (4, 1)
+
+
+def small() -> Data:
+    """A task of few examples; other tests load it by this name."""
+    return Data(
+        "small", "made here", EXAMPLES[:200], EXAMPLES[200:250], EXAMPLES[250:], prompt_tokens=8, answer_tokens=4
+    )
+
+
+HERE = f"{Path(__file__).stem}:small"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+def asked(store: Path, **more: Any) -> Asked:
+    given: dict[str, Any] = dict(
+        model="tiny", tasks=[HERE], seeds=[0], methods=list(methods.METHODS), ranks=RANKS, source_rank=8, steps=20,
+        batch=4, examples=16, store=str(store), rate=1e-2,
+    )  # fmt: skip
+    return Asked(**{**given, **more})
+
+
+@pytest.fixture(scope="module")
+def rows(store: Path) -> list[Row]:
+    """Every method at two ranks, and a VeRA."""
+    wanted = asked(store, foreign={"peft:LOHA": {"r": 4}})
+    return [row for job in final_jobs(wanted, []).values() for row in work(job)]
+
+
+def test_every_method_ends_at_its_rank(rows: list[Row]) -> None:
+    found = {(row["method"], row["rank"]) for row in rows}
+    arms = {(method, rank) for method in methods.METHODS for rank in RANKS}
+    assert found == arms | {("direct", 8), ("base", 0), ("peft:LOHA", 0)} | {("peft:LOHA squeezed", r) for r in RANKS}
+    assert len(found) == len(rows)
+    uniform = {rank: like(rows, method="direct", rank=rank)[0]["parameters"] for rank in RANKS}
+    for row in rows:
+        if row["rank"] in RANKS:
+            share = row["parameters"] / uniform[row["rank"]]
+            assert 0.9 < share <= 1, f"{row['method']} {row['rank']}"
+            assert share == 1 or row["method"] in ("plan", "plan-data", "in-adaptive")
+        assert row["bytes"] == 4 * row["parameters"]
+        assert row["examples"] == 16
+
+
+def test_parameter_steps_are_those_trained(rows: list[Row]) -> None:
+    source, small = (like(rows, method="direct", rank=rank)[0] for rank in (8, 4))
+    assert source["parameter_steps"] == 20 * source["parameters"]
+    assert like(rows, method="post", rank=4)[0]["parameter_steps"] == source["parameter_steps"]
+    cont = like(rows, method="cont", rank=4)[0]
+    assert cont["parameter_steps"] == source["parameter_steps"] + small["parameters"]  # 5 % of 20 is one step
+    halved = like(rows, method="in-equal", rank=4)[0]
+    assert halved["parameter_steps"] == 10 * source["parameters"] + 10 * small["parameters"]
+    assert halved["squeezes"][0][0] == 10
+
+
+def test_a_squeeze_says_its_energy_and_more_steps_lower_the_loss(rows: list[Row]) -> None:
+    loss = {(row["method"], row["rank"]): row["loss"] for row in rows}
+    assert loss["base", 0] > loss["direct", 8]
+    for method in methods.SQUEEZES:
+        energies = [like(rows, method=method, rank=rank)[0]["energy"] for rank in RANKS]
+        assert 1 > energies[0] > energies[1] > 0
+    assert loss["cont", 1] < loss["post", 1]
+
+
+def test_the_order_of_the_data_depends_on_the_seed_alone() -> None:
+    first = order(EXAMPLES, 500, 1)
+    assert first == order(EXAMPLES, 500, 1)
+    assert first != order(EXAMPLES, 500, 2)
+    assert sorted(e.prompt for e in first[:300]) == sorted(e.prompt for e in EXAMPLES)
+    assert first[:200] != first[300:500]
+
+
+def test_a_source_that_is_kept_is_not_trained_again(rows: list[Row], store: Path) -> None:
+    jobs = final_jobs(asked(store), rows[:2])
+    job = next(job for job in jobs.values() if job.method == "direct" and job.rank == 8)
+    again = work(replace(job, wanted=(("post", 4, None),)))[0]
+    before = like(rows, method="post", rank=4)[0]
+    assert again["loss"] == before["loss"]
+    assert abs(again["seconds"] - before["seconds"]) < 0.5
+
+
+def test_what_is_done_is_not_asked_again(rows: list[Row], store: Path) -> None:
+    wanted = asked(store, foreign={"peft:LOHA": {"r": 4}})
+    assert final_jobs(wanted, rows) == {}
+    missing = [row for row in rows if not (row["method"] == "post" and row["rank"] == 1)]
+    (job,) = final_jobs(wanted, missing).values()
+    assert (job.method, job.rank, job.wanted) == ("direct", 8, (("post", 1, None),))
+    other = asked(store, foreign={"peft:LOHA": {"r": 2}})
+    assert [job.method for job in final_jobs(other, rows).values()] == ["peft:LOHA"]
+
+
+def test_several_seeds_come_seed_by_seed(store: Path) -> None:
+    jobs = final_jobs(asked(store, tasks=[HERE, "other"], seeds=[0, 1], methods=["direct"]), [])
+    assert [(job.seed, job.task) for job in jobs.values()] == sorted((job.seed, job.task) for job in jobs.values()) or [
+        job.seed for job in jobs.values()
+    ] == sorted(job.seed for job in jobs.values())
+
+
+def test_rates_are_walked_to_the_best_on_validation_data(store: Path) -> None:
+    """The loss of a made-up run is lowest at 3e-3, but for rank 1 at 1e-2."""
+    best = {8: 3e-3, 4: 3e-3, 1: 1e-2}
+    found: list[Row] = []
+    wanted = asked(store, methods=["direct", "cont"], rate=None)
+    for _ in range(20):
+        jobs = tuning_jobs(wanted, found)
+        if not jobs:
+            break
+        for job in jobs.values():
+            assert job.purpose == "tune"
+            for method, rank, rate in job.wanted:
+                assert rate is not None
+                if method == "cont":
+                    assert job.rate == best[8], "cont goes on from the best source"
+                loss = abs(on_grid_place(rate) - on_grid_place(best[rank]))
+                found.append(_tuned(job, method, rank, rate, loss))
+    else:
+        raise AssertionError("the search does not end")
+    for rank, rate in best.items():
+        assert chosen_rate(found, "tiny", "direct", rank, 20) == rate
+    tried = {row["rate"] for row in like(found, method="direct", rank=1)}
+    assert tried == {1e-3, 3e-3, 1e-2, 3e-2}  # about the best of the source, then one beyond the best
+    final = final_jobs(wanted, found)
+    assert {(job.rank, job.rate) for job in final.values() if job.method == "direct"} == set(best.items())
+
+
+def _tuned(job: Job, method: str, rank: int, rate: float, loss: float) -> Row:
+    names = ("task", "model", "seed", "steps", "batch", "purpose", "source_rank")
+    key = {name: getattr(job, name) for name in names}
+    return {"kind": "result", **key, "method": method, "rank": rank, "rate": rate, "loss": loss, "options": {}}
+
+
+def test_the_grid_of_rates() -> None:
+    assert [on_grid(n) for n in range(-2, 4)] == [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+    assert [on_grid_place(on_grid(n)) for n in range(-6, 5)] == list(range(-6, 5))
+
+
+def test_a_rate_at_which_training_breaks_is_not_chosen() -> None:
+    row = {"kind": "result", "purpose": "tune", "model": "m", "method": "direct", "rank": 1, "steps": 1}
+    found = [{**row, "rate": 1e-3, "loss": 1.0}, {**row, "rate": 3e-3, "loss": float("nan")}]
+    assert next_rates(found) == [3e-4]
+    assert chosen_rate(found, "m", "direct", 1, 1) == 1e-3
+    with pytest.raises(SystemExit, match="no learning rate for post at rank 2 on m: tune first, or give --rate"):
+        chosen_rate(found, "m", "post", 2, 1)
+
+
+def test_scores_against_a_count_by_hand() -> None:
+    logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[0.0, 3.0], [1.0, 0.0]]])
+    labels = torch.tensor([[0, -100], [1, 1]])
+    scores = Scores.of(logits, labels, -100)
+    probabilities = logits.softmax(-1)
+    assert scores.loss.tolist() == pytest.approx(
+        [-probabilities[i, j, k].log().item() for i, j, k in ((0, 0, 0), (1, 0, 1), (1, 1, 1))]
+    )
+    assert scores.confidence.tolist() == pytest.approx(
+        [probabilities[i, j].max().item() for i, j in ((0, 0), (1, 0), (1, 1))]
+    )
+    assert scores.right.tolist() == [True, True, False]
+    assert scores.exact.tolist() == [True, False]
+
+
+def test_padding_changes_nothing() -> None:
+    """The same example in more room, and in a batch of another size."""
+    tiny = learner("tiny")
+    from peft import LoraConfig
+
+    data = small()
+    model = tiny.attach(LoraConfig(r=2, target_modules=tiny.targets), data, 0)
+    wide = replace(data, prompt_tokens=12, answer_tokens=7)
+    found = [evaluate(tiny, model, tiny.batches(d, EXAMPLES[:5], size)) for d, size in ((data, 5), (wide, 2))]
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
+    assert found[0]["units"] == found[1]["units"]
+
+
+def test_examples_without_room_are_passed_over() -> None:
+    data = replace(small(), answer_tokens=2)
+    long = Example("1 =", "12")
+    smol = learner("tiny")
+    assert smol.usable(data, [long, EXAMPLES[0]]) == []
+    assert smol.usable(small(), [long, EXAMPLES[0]]) == [long, EXAMPLES[0]]
+
+
+def test_the_rate_rises_and_falls() -> None:
+    seen = []
+    weight = torch.nn.Parameter(torch.ones(1))
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = weight
+
+    class Learner:
+        device = torch.device("cpu")
+
+        def loss(self, model: Model, batch: Any) -> torch.Tensor:
+            seen.append(weight.item())
+            return model.weight.sum()
+
+    train(Learner(), Model(), [{}] * 50, 1e-2)  # type: ignore[arg-type]
+    steps = [before - after for before, after in itertools.pairwise(seen)]
+    assert max(steps) == pytest.approx(1e-2, rel=0.02)  # Adam moves by the rate, the gradient being constant
+    peak = steps.index(max(steps))
+    assert 4 <= peak <= 6
+    assert steps[:peak] == sorted(steps[:peak])
+    assert steps[-1] < 1e-4
+
+
+def test_rows_survive_a_cut(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "rows.jsonl"
+    append(path, [{"a": 1}])
+    with path.open("a") as file:
+        file.write('{"a": 2')
+    append(path, [{"a": 3}, {"a": 4}])
+    assert read_rows([path, tmp_path / "none"]) == [{"a": 1}, {"a": 3}, {"a": 4}]
+
+
+def test_splits_follow_the_key() -> None:
+    items = [(f"key {n % 50}", n) for n in range(200)]
+    found = split(items, "salt")
+    owners = {part: {n % 50 for n in numbers} for part, numbers in found.items()}
+    assert not owners["train"] & owners["validation"] | owners["train"] & owners["test"]
+    again = split(reversed(items[:100]), "salt")
+    assert all({n % 50 for n in again[part]} == owners[part] for part in found)
+    assert 0 <= place("x") < 1
+    assert place("x", "a") != place("x", "b")
+
+
+def test_a_model_that_is_unknown_is_told() -> None:
+    with pytest.raises(SystemExit, match="no model 'gpt'; there are smollm2, minilm, vlm, tiny, tiny-vlm"):
+        learner("gpt")
+
+
+COMMON = ["--model", "tiny", "--tasks", HERE, "--ranks", "2", "--source-rank", "4", "--steps", "4", "--batch", "2",
+          "--examples", "8", "--workers", "1", "--methods", "direct", "post"]  # fmt: skip
+
+
+def test_end_to_end_from_the_command_line(tmp_path: Path) -> None:
+    """With worker processes, as a user starts it; cut in the middle of a line, it goes on."""
+    rows = tmp_path / "rows.jsonl"
+    arguments = ["run", *COMMON, "--rate", "1e-3", "--rows", str(rows), "--store", str(tmp_path / "store")]
+    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
+    command = [sys.executable, "-m", "bench.evidence", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = like(read_rows([rows]), kind="result")
+    assert {(row["method"], row["rank"]) for row in found} == {("direct", 4), ("direct", 2), ("post", 2), ("base", 0)}
+    assert all(row["commit"] for row in found)
+    lines = rows.read_text().splitlines()
+    assert json.loads(lines[0])["kind"] == "machine"
+    rows.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command_line, "run_jobs", _here)
+        command_line.main(arguments)
+    assert len(like(read_rows([rows]), kind="result")) == len(found)
+
+
+def test_tuned_and_then_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(command_line, "run_jobs", _here)
+    rates, rows, store = tmp_path / "rates.jsonl", tmp_path / "rows.jsonl", ["--store", str(tmp_path / "store")]
+    command_line.main(["tune", *COMMON, "--rows", str(rates), *store])
+    tuned = like(read_rows([rates]), kind="result")
+    assert {row["part"] for row in tuned} == {"validation"}
+    assert len({row["rate"] for row in tuned}) >= 3
+    command_line.main(["run", *COMMON, "--rates", str(rates), "--rows", str(rows), *store])
+    found = like(read_rows([rows]), kind="result")
+    assert {row["part"] for row in found} == {"test"}
+    for row in like(found, method="direct"):
+        assert row["rate"] == chosen_rate(tuned, "tiny", "direct", row["rank"], 4)
+    assert "direct 4 seed 0: loss" in capsys.readouterr().out
+
+
+def test_a_job_that_fails_is_told_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def broken(job: Job) -> list[Row]:
+        if job.method == "base":
+            raise LoraSqueezeError("no room")
+        return work(job)
+
+    monkeypatch.setattr(command_line, "run_jobs", _here)
+    monkeypatch.setattr(command_line, "work", broken)
+    rows = tmp_path / "rows.jsonl"
+    arguments = ["run", *COMMON, "--rate", "1e-3", "--rows", str(rows), "--store", str(tmp_path / "store")]
+    with pytest.raises(SystemExit, match="1 jobs failed; the same command tries them again"):
+        command_line.main(arguments)
+    assert "base 0 seed 0 rate 0 final: no room" in capsys.readouterr().out
+    assert len(like(read_rows([rows]), kind="result")) == 3
+
+
+def _here(function: Any, jobs: Any, **_: Any) -> Any:
+    """`run_jobs` without processes."""
+    for name, arguments in jobs.items():
+        try:
+            yield name, function(*arguments)
+        except LoraSqueezeError as error:
+            yield name, error
+
+
+def test_own_loaders_and_unknown_tasks() -> None:
+    assert tasks.load(HERE).name == "small"
+    with pytest.raises(SystemExit, match="no task 'phonems'; there are phonemes"):
+        tasks.load("phonems")
+    with pytest.raises(SystemExit, match="is no task that can be imported"):
+        tasks.load("nowhere:function")
+    with pytest.raises(SystemExit, match=r"returned int, a task is a bench\.evidence\.data\.Data"):
+        tasks.load("builtins:int")
