@@ -17,8 +17,7 @@ picture-row         three digits in one row             row:          the digits
 
 What is not said is drawn by lot: cells, colours, ground, who wrote the digits. Answers that are classes are equally
 likely. Pictures of a part hold handwriting of that part alone, the same split as in pre-training (bench/evidence/vlm).
-Where one of several digits has to be found the prompt begins as a caption does in pre-training: a short training
-learns to look things up from there, and hardly from words that the model has not met with pictures.
+The prompts of picture-colour and picture-binding begin as a caption does in pre-training, which the frozen model knows.
 """
 
 from __future__ import annotations
