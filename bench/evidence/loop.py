@@ -17,6 +17,7 @@ from torch import nn
 from bench.evidence.data import Example
 from bench.evidence.learners.base import Batch, Learner, Scores
 from lora_squeeze.adaptive import Adaptive
+from lora_squeeze.methods.control import controller_for
 from lora_squeeze.schedule import Schedule
 from lora_squeeze.scores import adaptive_calibration_error, expected_calibration_error, maximum_calibration_error
 from lora_squeeze.training.squeezer import Squeezer
@@ -70,7 +71,8 @@ def train(
 
     Args:
         learner: gives the loss.
-        model: a PEFT model; every parameter that asks for gradients is trained.
+        model: a PEFT model; every parameter that asks for gradients is trained. What its method does around the steps
+            is done.
         batches: all of one shape.
         rate: the highest learning rate.
         schedule: squeezes on the way; see `Squeezer`, which gets the options.
@@ -81,22 +83,32 @@ def train(
     squeezer = None
     if schedule is not None:
         squeezer = Squeezer(model, optimizer, schedule, scheduler=scheduler, **options)
+    own = schedule is None and hasattr(model, "peft_config")
+    controller = controller_for(model, len(batches), optimizer) if own else None
     spent = Spent()
     model.train()
     with measured_memory(learner.device) as peak:
         start = time.perf_counter()
         for batch in batches:
+            if controller is not None:
+                controller.before_forward()
             loss = learner.loss(model, batch)
             loss.backward()
+            if controller is not None:
+                controller.before_step()
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
+            if controller is not None:
+                controller.after_step()
             scheduler.step()
             optimizer.zero_grad()
             spent.losses.append(round(loss.item(), 5))
             spent.parameter_steps += sum(p.numel() for p in trained)
             if squeezer is not None:
                 squeezer.step()
+        if controller is not None:
+            controller.finish()
         if squeezer is not None:
             squeezer.finish()
             spent.history = squeezer.history

@@ -63,16 +63,19 @@ def saved(learner: Learner, data: Data, model: Any, seed: int) -> Iterator[Sourc
 
 
 def configuration(name: str, options: Mapping[str, Any], learner: Learner) -> Any:
-    """PEFT's configuration of a method.
+    """PEFT's configuration of a method, of its own or of this package.
 
     Args:
-        name: of the method in PEFT, such as "VERA" or "LOHA".
+        name: of the method, such as "VERA" or "NOLA".
         options: further settings; target_modules is that of the learner unless given.
 
     Raises:
         SystemExit: PEFT knows no such method.
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    import lora_squeeze.methods.adapters
+    import lora_squeeze.methods.ranks  # noqa: F401 (both register their methods with PEFT)
 
     known = {str(getattr(kind, "value", kind)): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if name.upper() not in known:

@@ -17,6 +17,7 @@ from lora_squeeze.cli.check import check
 from lora_squeeze.cli.convert import convert
 from lora_squeeze.cli.fleet import fleet as fleet_command
 from lora_squeeze.cli.merge import merge, rank_up, subtract
+from lora_squeeze.cli.methods import methods as methods_command
 from lora_squeeze.cli.options import AdapterArgument, Each, Json, Revision, Subfolder, rank_list
 from lora_squeeze.cli.options import load_adapter as _load
 from lora_squeeze.cli.options import option as _option
@@ -234,6 +235,7 @@ app.command()(subtract)
 app.command("rank-up")(rank_up)
 app.command("search")(search_command)
 app.command("fleet")(fleet_command)
+app.command("methods")(methods_command)
 
 
 def _refuse_no_op(source: Adapter, result: Adapter, alpha: str) -> None:

@@ -81,6 +81,8 @@ def train(
     rank: Annotated[int | None, _option("rank")] = None,
     source_rank: Annotated[int | None, _option("source_rank")] = None,
     mode: Annotated[str | None, _option("mode")] = None,
+    method: Annotated[str | None, _option("method")] = None,
+    method_options: Annotated[str | None, _option("method_options")] = None,
     config: Annotated[
         Path | None,
         typer.Option(

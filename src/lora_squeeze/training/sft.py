@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -35,6 +36,7 @@ from lora_squeeze.training.libraries import (
     random_state_put_back,
 )
 from lora_squeeze.training.sft_checkpoints import checkpoint_folder, last_checkpoint, remove_checkpoints
+from lora_squeeze.training.sft_method import as_plain_lora, controller_callback, method_config
 from lora_squeeze.training.sft_settings import TrainSettings
 
 TRAINING_NAME = "training.json"
@@ -102,16 +104,19 @@ def train(settings: TrainSettings, report: Report | None = None) -> Trained:
             trainer = _trainer(settings, plan, model, report)
             trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
             log = trainer.state.log_history
+            plain = None if settings.method is None else as_plain_lora(settings, trainer.model, _STUDENT)
+            if plain is not None:
+                squeezes = [_told(plan.steps, plain)]
             trained = Trained(
                 settings,
                 plan.steps,
-                _rank_of(trainer.model),
+                _rank_of(trainer.model) if plain is None else plain.rank,
                 squeezes if plan.callback is None else plan.callback.history,
                 {entry["step"]: entry["loss"] for entry in log if "loss" in entry},
                 {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry},
                 round(time.perf_counter() - start, 3),
             )
-            _save(trained, plan, trainer.model)
+            _save(trained, plan, trainer.model, plain)
     remove_checkpoints(settings)
     return trained
 
@@ -139,7 +144,9 @@ def _plan(settings: TrainSettings) -> _Plan:
     if settings.eval_data is not None:
         held = load_data(settings.eval_data, split=settings.eval_split, subset=subset, forms=forms)
     steps = _steps(settings, len(data.rows))
-    callback = _callback(settings, steps) if source is None else None
+    callback = _callback(settings, steps) if source is None and settings.method is None else None
+    if settings.method is not None:
+        method_config(settings, _targets(settings))
     tokenizer = open_tokenizer(settings.model, chat=data.chat or (held is not None and held.chat))
     return _Plan(checkpoint, source, data, held, steps, callback, tokenizer)
 
@@ -235,14 +242,17 @@ def _trainer(settings: TrainSettings, plan: _Plan, model: Any, report: Report | 
         rows = _answered(settings, model, plan.tokenizer, plan.data, needed)
         held = plan.held and _answered(settings, model, plan.tokenizer, plan.held, len(held))
     elif settings.adapter is None:
-        names = [name.strip() for name in settings.targets.split(",")]
-        options["peft_config"] = LoraConfig(
-            r=settings.first_rank,
-            lora_alpha=2 * settings.first_rank if settings.alpha is None else settings.alpha,
-            target_modules=names[0] if names == ["all-linear"] else names,
-            task_type="CAUSAL_LM",
+        options["peft_config"] = (
+            method_config(settings, _targets(settings))
+            if settings.method is not None
+            else LoraConfig(
+                r=settings.first_rank,
+                lora_alpha=2 * settings.first_rank if settings.alpha is None else settings.alpha,
+                target_modules=_targets(settings),
+                task_type="CAUSAL_LM",
+            )
         )
-    callbacks = [plan.callback, report and _reporter(report, plan.steps)]
+    callbacks = [plan.callback, controller_callback(settings), report and _reporter(report, plan.steps)]
     try:
         trainer = make(
             model=model,
@@ -261,6 +271,11 @@ def _trainer(settings: TrainSettings, plan: _Plan, model: Any, report: Report | 
         raise LoraSqueezeError(f"in no example does anything to learn begin within {settings.max_length} tokens")
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _targets(settings: TrainSettings) -> str | list[str]:
+    names = [name.strip() for name in settings.targets.split(",")]
+    return names[0] if names == ["all-linear"] else names
 
 
 def _answered(settings: TrainSettings, model: Any, tokenizer: Any, data: Data, needed: int) -> Any:
@@ -323,7 +338,12 @@ def _rank_of(model: Any) -> int:
     return max(module.rank() * module.step for module in live_modules(model, _STUDENT))
 
 
-def _save(trained: Trained, plan: _Plan, model: Any) -> None:
+def _told(step: int, plain: Adapter) -> dict[str, Any]:
+    """The squeeze of another method's update, in the words of the others."""
+    return {"step": step, "rank": plain.rank, "energy": plain.report.energy}
+
+
+def _save(trained: Trained, plan: _Plan, model: Any, plain: Adapter | None) -> None:
     """The output, whole or not at all."""
     settings = trained.settings
     # Only an adapter that brought full embeddings has them to save. PEFT would ask the hub whether they have grown.
@@ -331,6 +351,10 @@ def _save(trained: Trained, plan: _Plan, model: Any) -> None:
     embeddings = any(extra.kind == "embedding" for extra in extras.values())
     owned = (*peft.OWNED, *peft.COMPANIONS, TRAINING_NAME)
     with replace_folder(settings.output.expanduser(), force=settings.force, owned=owned) as folder:
-        model.save_pretrained(folder, selected_adapters=[_STUDENT], save_embedding_layers=embeddings)
+        if plain is None:
+            model.save_pretrained(folder, selected_adapters=[_STUDENT], save_embedding_layers=embeddings)
+        else:
+            plain.save(settings.checkpoints / "plain", force=True)
+            shutil.copytree(settings.checkpoints / "plain", folder, dirs_exist_ok=True)
         plan.tokenizer.save_pretrained(folder)
         (folder / TRAINING_NAME).write_text(json.dumps(trained.to_json(), indent=2) + "\n", encoding="utf-8")

@@ -14,7 +14,12 @@ SOURCE_RANK = 64
 # Options that mean nothing for an adapter that is squeezed at once, and nothing without a teacher.
 _OF_NEW = (
     "source_rank", "mode", "alpha", "targets", "squeezes", "last_steps", "energy", "data_aware", "optimizer_state",
-    "learning_rate_restart",
+    "learning_rate_restart", "method", "method_options",
+)  # fmt: skip
+# Options of a squeeze while training, which another method than LoRA has no use for.
+_OF_SQUEEZES = (
+    "mode", "squeezes", "last_steps", "energy", "data_aware", "optimizer_state", "learning_rate_restart", "allocate",
+    "distill",
 )  # fmt: skip
 _OF_TEACHER = ("temperature", "generate")
 
@@ -32,6 +37,11 @@ class TrainSettings:
         source_rank: rank at the start; default 64.
         mode: "in" squeezes step by step while training (default), "cont" once shortly before the end, "post" after
             the last step, "adaptive" when the spectrum says that nothing is lost.
+        method: train with another method, by its name in `lora-squeeze methods` or in PEFT; what comes out is a plain
+            LoRA of the target rank all the same, squeezed after the last step if the method's update has a higher one.
+            The source rank is then the method's own r, by default the target rank, or the method's own default where
+            that is the full width.
+        method_options: further settings of the method, such as bases=512,keep_bases=false.
         adapter: a finished adapter of the model, folder or hub id. It is squeezed to the target rank at once, and the
             training goes on from there.
         distill: with an adapter to continue: learn from that adapter as it was, without labels. Texts are read as they
@@ -82,6 +92,8 @@ class TrainSettings:
     rank: int = 8
     source_rank: int | None = None
     mode: str | None = None
+    method: str | None = None
+    method_options: str | None = None
     adapter: str | None = None
     distill: bool = False
     temperature: float = 1.0
@@ -145,7 +157,11 @@ class TrainSettings:
             )
         if not self.distill and (named := self.changed(_OF_TEACHER)):
             raise LoraSqueezeError(f"{named[0]} is an option of distillation; add distill, or leave it out")
-        if self.adapter is None and self.rank >= self.first_rank:
+        if self.method is None and self.method_options is not None:
+            raise LoraSqueezeError("method_options are those of a method: name it with method, or leave them out")
+        if self.method is not None and (named := self.changed(_OF_SQUEEZES)):
+            raise LoraSqueezeError(f"{named[0]} is of training a LoRA; with method {self.method} leave it out")
+        if self.adapter is None and self.method is None and self.rank >= self.first_rank:
             raise LoraSqueezeError(
                 f"nothing to squeeze: the target rank {self.rank} is not below the source rank {self.first_rank}; "
                 "lower rank or raise source_rank"
@@ -159,7 +175,9 @@ class TrainSettings:
     @property
     def first_rank(self) -> int:
         """The source rank, given or by default."""
-        return SOURCE_RANK if self.source_rank is None else self.source_rank
+        if self.source_rank is not None:
+            return self.source_rank
+        return SOURCE_RANK if self.method is None else self.rank
 
     @property
     def checkpoints(self) -> Path:

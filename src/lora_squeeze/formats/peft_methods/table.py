@@ -1,6 +1,6 @@
 """Every method of PEFT 0.21.2 and every variant of its LoRA: what it does to a weight, and what that is as a LoRA.
 
-docs/convert-methods.md is this table for people.
+docs/convert-methods.md is this table for people. The methods of this package stand in its own catalogue.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.safetensors_header import quoted
+from lora_squeeze.methods.catalogue import adapter_entries
 
 Route = Literal["plain", "exact", "squeezed", "impossible"]
 
@@ -135,6 +136,11 @@ TABLE: tuple[Row, ...] = (
         field="arrow_config"),
 )  # fmt: skip
 _VARIANTS = {row.field: row for row in TABLE if row.field}
+_OURS = tuple(
+    Row(kind, entry.title, entry.update, "exact" if entry.route == "exact" else "squeezed", entry.rank or _FULL, True,
+        "its frozen numbers are drawn or computed anew over the model", (f"{entry.name}_",))
+    for kind, entry in adapter_entries().items()
+)  # fmt: skip
 
 
 def row_of(config: Mapping[str, Any]) -> Row:
@@ -144,7 +150,7 @@ def row_of(config: Mapping[str, Any]) -> Row:
         LoraSqueezeError: a method that this table does not have, or two variants of LoRA in one.
     """
     kind = config.get("peft_type")
-    rows = [row for row in TABLE if row.peft_type == kind and row.field is None]
+    rows = [row for row in (*TABLE, *_OURS) if row.peft_type == kind and row.field is None]
     if not rows:
         raise LoraSqueezeError(
             f"peft_type is {quoted(str(kind))}, which PEFT 0.21.2 does not have; make a LoRA of it with the PEFT that "

@@ -24,6 +24,7 @@ from lora_squeeze.formats.peft_keys import PREFIX, Layout
 from lora_squeeze.formats.peft_methods.base_weights import Base
 from lora_squeeze.formats.peft_methods.identities import Pair, full
 from lora_squeeze.formats.peft_methods.table import Row
+from lora_squeeze.methods.catalogue import adapter_entries
 
 _ADAPTER = "default"
 _TASKS = {
@@ -149,6 +150,9 @@ def layers(folder: Path, base: Base, row: Row, config: Mapping[str, Any], dtype:
             f"{row.name} is read with PEFT and transformers, which are not here; "
             "install them: pip install lora-squeeze[train]"
         ) from None
+    if row.peft_type in adapter_entries():
+        import lora_squeeze.methods.adapters
+        import lora_squeeze.methods.ranks  # noqa: F401 (both register their methods with PEFT)
     model, missing = (base, set[str]()) if isinstance(base, nn.Module) else _build(base.name, config)
     original = {name: module.weight.detach() for name, module in model.named_modules() if _has_weight(module)}
     adapted = _adapted(model, folder, row)
@@ -175,10 +179,10 @@ def _live(name: str, layer: Any, weight: Tensor, row: Row, dtype: torch.dtype) -
         )
     check_groups(name, inner)
     out, columns = _matrix(weight.to("meta"), inner).shape
-    low = _RANKS.get(row.peft_type, lambda _: min(out, columns))
+    low = _RANKS.get(row.peft_type, _own_rank)
     if row.peft_type == "MISS" and layer.miss_fn != "bat":
         low = _miss_rank
-    rank = min(low(layer), out, columns)
+    rank = min(low(layer) or out, out, columns)
     kind: Kind = "embedding" if isinstance(inner, nn.Embedding) else "conv" if weight.dim() > 2 else "linear"
     module = Module(
         name=name,
@@ -192,8 +196,14 @@ def _live(name: str, layer: Any, weight: Tensor, row: Row, dtype: torch.dtype) -
         layout=Layout(name, "", "", pattern=re.escape(name)),
         source_bytes=8 * (4 * weight.numel() + rank * (out + columns)),
     )
-    moves = row.peft_type in _MOVES_BIAS and getattr(inner, "bias", None) is not None
+    moves = row.peft_type in _MOVES_BIAS or getattr(layer, "moves_bias", False)
+    moves = moves and getattr(inner, "bias", None) is not None
     return LiveLayer(module, layer, weight, moves)
+
+
+def _own_rank(layer: Any) -> int:
+    """Of a layer of this package; 0 where there is no bound below full rank."""
+    return int(getattr(layer, "update_rank", None) or 0)
 
 
 def _miss_rank(layer: Any) -> int:

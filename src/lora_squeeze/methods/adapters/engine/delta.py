@@ -1,0 +1,167 @@
+"""What a method computes for one layer: its parameters, and the update from them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Site:
+    """The layer that a delta belongs to.
+
+    Args:
+        name: dotted path in the base model.
+        in_features, out_features: of the layer.
+        base_weight: reads W (out, in) of the layer, dequantised, in the dtype of the base, without merged updates; not
+            a copy while none is merged.
+        base_bias: reads the bias, without merged changes; None where there is none.
+        shared: objects that the layers of one adapter share, by key; see `Delta.share`.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    base_weight: Callable[[], Tensor]
+    base_bias: Callable[[], Tensor | None]
+    shared: dict[Any, Any]
+
+    def generator(self, seed: int, *labels: object) -> torch.Generator:
+        """A generator of its own, on the CPU, for this layer's name, a seed and labels."""
+        return seeded(seed, self.name, *labels)
+
+
+def seeded(seed: int, *labels: object) -> torch.Generator:
+    """A CPU generator whose numbers depend on the seed and the labels alone: the same on every device and in every run.
+
+    Labels of different kinds never meet: the numbers of ("q", "A") and ("q", "B") are independent.
+    """
+    text = "\0".join([str(seed), *map(str, labels)])
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
+    return torch.Generator().manual_seed(number)
+
+
+class Delta(nn.Module):
+    """The update of one layer by one adapter.
+
+    Trained numbers are parameters. Frozen ones are buffers: they keep float32 whatever the model is cast to, since they
+    are drawn from a seed or computed from W and not stored; those with `persistent=True` are stored.
+
+    Attributes:
+        rank: bound of the rank of dW, for an exact plain LoRA; None: no bound below min(out, in).
+        replaces: `replaced` computes the whole output in the place of base layer and update.
+        moves_bias: the method changes the layer's bias too, see `bias`.
+    """
+
+    rank: int | None = None
+    replaces: bool = False
+    moves_bias: bool = False
+
+    def __init__(self, site: Site, config: Any) -> None:
+        super().__init__()
+        self.site, self.config = site, config
+        self.dropout: nn.Module = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The update dW, its scale included."""
+        raise NotImplementedError
+
+    def bias(self) -> Float[Tensor, " out"] | None:
+        """The change of the layer's bias, None where the method makes none."""
+        return None
+
+    def forward(self, x: Float[Tensor, "*batch in"], base_output: Float[Tensor, "*batch out"]) -> Tensor:
+        """What is added to the output of the base layer: dW x, here by forming dW."""
+        return functional.linear(x, self.weight(), self.bias())
+
+    def replaced(self, x: Float[Tensor, "*batch in"], base: nn.Module) -> Tensor:
+        """The layer's whole output, for methods that compute it at once."""
+        raise NotImplementedError
+
+    def merge_into(self, weight: Float[Tensor, "out in"]) -> Callable[[Tensor], None] | None:
+        """Add dW in place.
+
+        Returns:
+            What takes it out of the weight again, or None: then dW is computed anew and subtracted. A dW that depends
+            on W as it is at the time needs the former.
+        """
+        weight += self.weight().to(weight.dtype)
+        return None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the trained numbers, which is what x is cast to."""
+        return next(self.parameters()).dtype
+
+    def frozen(self, name: str) -> Tensor:
+        """A buffer in the dtype of the trained numbers."""
+        buffer: Tensor = getattr(self, name)
+        return buffer.to(self.dtype) if buffer.is_floating_point() else buffer
+
+    def share(self, key: Any, make: Callable[[], Any]) -> Any:
+        """An object that all layers of the adapter have in common, made by the first one that asks for it.
+
+        Tensors in it are not part of the state and do not follow the model to another device: see `shared_tensor`.
+        """
+        if key not in self.site.shared:
+            self.site.shared[key] = make()
+        return self.site.shared[key]
+
+    def shared_tensor(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that all layers have in common, at the device and in the dtype of the trained numbers.
+
+        There is one copy for each device and dtype in use, however many layers read it.
+        """
+        like = next(self.parameters())
+        where = (key, like.device, like.dtype)
+        found: Tensor = self.share(where, lambda: self.share((key, "cpu"), make).to(like.device, like.dtype))
+        return found
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Frozen numbers change their place but never their dtype."""
+        kept = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
+        parent: Any = super()
+        parent._apply(fn, recurse)
+        for name, before in kept.items():
+            owner, _, last = name.rpartition(".")
+            holder = self.get_submodule(owner)
+            moved = getattr(holder, last)
+            if moved.dtype != before.dtype:
+                setattr(holder, last, before.to(moved.device))
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """The copy has parameters of its own; where it stands, and what is shared, it has in common."""
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        memo[id(self.site)] = self.site
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return twin
+
+
+class FactorDelta(Delta):
+    """An update that is a product of two factors, so an exact plain LoRA."""
+
+    def factors(self) -> Pair:
+        """B (out, rank) and A (rank, in) with dW = B A, the scale in B."""
+        raise NotImplementedError
+
+    def weight(self) -> Tensor:
+        """dW = B A."""
+        B, A = self.factors()
+        return B @ A
+
+    def forward(self, x: Tensor, base_output: Tensor) -> Tensor:
+        """B (A x), without forming dW."""
+        B, A = self.factors()
+        return functional.linear(functional.linear(x, A), B, self.bias())

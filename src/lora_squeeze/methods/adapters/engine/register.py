@@ -1,0 +1,72 @@
+"""Make PEFT know a method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
+from peft.utils.peft_types import PeftType
+from torch import nn
+
+from lora_squeeze.methods.adapters.engine.config import AdapterConfig
+from lora_squeeze.methods.adapters.engine.delta import Delta
+from lora_squeeze.methods.adapters.engine.layer import DeltaLayer
+
+
+class DeltaModel(BaseTuner):
+    """The tuner of PEFT that puts the layers in; `register` makes a subclass for each method."""
+
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    tuner_layer_cls: Any
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: Any, target_name: str, parent: nn.Module, current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
+        shared = self.__dict__.setdefault("shared_of_adapters", {}).setdefault(adapter_name, {})
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, peft_config, shared)
+            return
+        layer = self.tuner_layer_cls(target, current_key)
+        layer._active_adapter = self.active_adapter
+        layer.update_layer(adapter_name, peft_config, shared)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+
+def register(name: str, config: type[AdapterConfig], delta: type[Delta]) -> None:
+    """Make a method known to PEFT: to `get_peft_model`, `PeftModel.from_pretrained` and all that builds on them.
+
+    Args:
+        name: in lower case; in capitals it is the `peft_type` in adapter_config.json.
+        config: its configuration.
+        delta: its update.
+
+    Notes:
+        PEFT names its methods in an enumeration, to which the name is added, so that files say what they are. Import
+        the method's module before an adapter of it is loaded; `lora_squeeze.methods.adapters` imports them all.
+    """
+    _add_type(name.upper())
+    config.method = name
+    attribute = f"{name}_delta"
+    layer = type(
+        f"{delta.__name__}Layer", (DeltaLayer,), {"delta_class": delta, "adapter_layer_names": (attribute,)}
+    )  # fmt: skip
+    prefix = f"{name}_"
+    model = type(f"{delta.__name__}Model", (DeltaModel,), {"prefix": prefix, "tuner_layer_cls": layer})
+    register_peft_method(name=name, config_cls=config, model_cls=model, prefix=prefix)
+
+
+def _add_type(name: str) -> None:
+    if name in PeftType.__members__:
+        raise KeyError(f"PEFT has a method called {name} already")
+    member: Any = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    member._sort_order_ = len(PeftType.__members__)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    PeftType._member_names_.append(name)
+    if not hasattr(PeftType, name):  # from Python 3.12 on names are attributes of the class
+        type.__setattr__(PeftType, name, member)

@@ -1,0 +1,118 @@
+"""What a method does around the steps of an optimiser: draw ranks, add to gradients, threshold gates, choose entries.
+
+One object per model, called from any loop:
+
+    controller = controller_for(model, total_steps, optimizer)
+    for batch in data:
+        controller.before_forward()
+        loss(model, batch).backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+        optimizer.zero_grad()
+    controller.finish()
+
+`ControllerCallback` does the same in a transformers or TRL trainer. What is drawn depends on the seed and the step
+alone: all processes of a distributed run draw the same, and a resumed run goes on with the same draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.methods.adapters.engine.delta import seeded
+
+CONTROLLERS: dict[str, type[Controller]] = {}  # method -> its controller
+
+
+class Controller:
+    """The base of all controllers: knows the updates of one adapter and counts the steps.
+
+    Args:
+        model: a PEFT model of the method.
+        total_steps: optimiser steps of the whole training.
+        optimizer: the optimiser that trains the adapter; only methods that exchange parameters while training need it.
+        adapter: name of the adapter.
+
+    Attributes:
+        config: of the adapter.
+        deltas: name of the layer -> its update, in the order of the model.
+        steps_done: finished optimiser steps.
+    """
+
+    def __init__(
+        self, model: nn.Module, total_steps: int, optimizer: Any = None, adapter: str = "default"
+    ) -> None:  # fmt: skip
+        if total_steps < 1:
+            raise LoraSqueezeError(f"total_steps must be a whole number from 1, got {total_steps}")
+        self.model, self.total_steps, self.optimizer, self.adapter = model, total_steps, optimizer, adapter
+        self.config: Any = _config(model, adapter)
+        self.deltas: dict[str, Any] = deltas_of(model, adapter)
+        self.steps_done = 0
+
+    def before_forward(self) -> None:
+        """Before the first forward pass of a step."""
+
+    def before_step(self) -> None:
+        """After the last backward pass of a step: gradients may be changed. Sums over micro-batches are complete."""
+
+    def after_step(self) -> None:
+        """After the optimiser's step."""
+        self.steps_done += 1
+
+    def finish(self) -> None:
+        """After the last step."""
+
+    def generator(self, *labels: object) -> torch.Generator:
+        """For what is drawn in the present step."""
+        return seeded(self.config.seed, type(self).__name__, self.steps_done, *labels)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold beside model and optimiser: plain numbers and tensors."""
+        return {"steps_done": self.steps_done, "total_steps": self.total_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            LoraSqueezeError: the training there had another length.
+        """
+        if state["total_steps"] != self.total_steps:
+            raise LoraSqueezeError(
+                f"the checkpoint is of a training of {state['total_steps']} steps, this one has {self.total_steps}"
+            )
+        self.steps_done = int(state["steps_done"])
+
+
+def controller_for(model: nn.Module, total_steps: int, optimizer: Any = None, adapter: str = "default") -> Controller:
+    """The controller of a PEFT model's method; one that only counts where the method needs none.
+
+    Args:
+        model: a PEFT model.
+        total_steps, optimizer, adapter: as for `Controller`.
+    """
+    kind = str(getattr(_config(model, adapter).peft_type, "value", _config(model, adapter).peft_type))
+    return CONTROLLERS.get(kind.lower(), Controller)(model, total_steps, optimizer, adapter)
+
+
+def controlled_by(name: str, controller: type[Controller]) -> None:
+    """Say which controller a method has."""
+    CONTROLLERS[name] = controller
+
+
+def deltas_of(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
+    """Name of the layer in the base model -> the update that an adapter has there."""
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "deltas") and hasattr(m, "get_delta_weight")]
+    return {layer.name: layer.deltas[adapter] for layer in layers if adapter in layer.deltas}
+
+
+def _config(model: nn.Module, adapter: str) -> Any:
+    configs: Any = getattr(model, "peft_config", None) or {}
+    if adapter not in configs:
+        raise LoraSqueezeError(f"the model has no adapter {adapter!r}; it has {', '.join(configs) or 'none'}")
+    return configs[adapter]

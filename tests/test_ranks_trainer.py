@@ -1,0 +1,134 @@
+"""Every method that finds ranks in a real trainer: it trains, resumes and ends as a plain LoRA of the same function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters_cases import drawn_from
+from peft import PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.peft_types import PeftType
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import lora_squeeze
+import lora_squeeze.methods.ranks
+from lora_squeeze.formats.peft_methods import load
+from lora_squeeze.methods.callback import ControllerCallback
+from lora_squeeze.methods.control import controller_for
+from lora_squeeze.methods.ranks import blora, diffora, sora
+
+STEPS, CUT = 8, 4
+
+
+def _one_group(model: nn.Module, lr: float) -> Any:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    Args:
+        name: as registered.
+        settings: of its configuration, beside r and the targets.
+        groups: parameter groups for an optimiser, from a model and a learning rate.
+    """
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    groups: Callable[[nn.Module, float], Any] = _one_group
+
+
+METHODS = [
+    Method("maestro", {"lasso": 1e-3, "threshold": 0.005, "shrinks": 4}),
+    Method(
+        "blora",
+        {"gates": 0.0, "warmup": 0.25, "penalty": 0.1},
+        lambda model, lr: blora.parameter_groups(model, lr, gates_lr=0.5),
+    ),
+    Method("diffora", {"search": 0.7}, diffora.parameter_groups),
+    Method("dylora"),
+    Method("matryoshka"),
+    Method(
+        "sora",
+        {"gate_init": "normal", "threshold": [0.5, 2.0], "times_lr": True, "l1": 0.1},
+        lambda model, lr: sora.parameter_groups(model, lr, gate_lr=3 * lr, weight_decay=0.1),
+    ),
+    Method("trp", {"period": 3, "energy": 0.8}),
+    Method("trp", {"form": "factors", "period": 3, "energy": 0.8}),
+]
+
+
+def llama() -> LlamaForCausalLM:
+    with drawn_from(0):
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=1, max_position_embeddings=16,
+            )
+        ).eval()  # fmt: skip
+
+
+def ids() -> Tensor:
+    return torch.randint(0, 32, (16, 8), generator=torch.Generator().manual_seed(1))
+
+
+def trained(method: Method, folder: Path, checkpoint: Path | None = None) -> Any:
+    """After a whole training, from its start or from a checkpoint on."""
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.name.upper())]
+    model = get_peft_model(
+        llama(), config(r=4, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM", **method.settings)
+    )  # fmt: skip
+    args = TrainingArguments(
+        output_dir=str(folder), max_steps=STEPS, learning_rate=1e-2, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, save_strategy="steps", save_steps=CUT, report_to=[], use_cpu=True,
+        disable_tqdm=True, logging_strategy="no", remove_unused_columns=False,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(method.groups(model, 1e-2), lr=1e-2)
+    data: Any = [{"input_ids": row, "labels": row} for row in ids()]
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[ControllerCallback()], optimizers=(optimizer, None))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=[method.name for method in METHODS])
+def test_a_trainer_trains_resumes_and_ends_as_a_plain_lora(method: Method, tmp_path: Path) -> None:
+    model = trained(method, tmp_path / "run")
+    with torch.no_grad():
+        wanted = model(ids()).logits
+        assert (wanted - llama()(ids()).logits).abs().max() > 1e-3
+    resumed = trained(method, tmp_path / "again", tmp_path / "run" / f"checkpoint-{CUT}")
+    for (name, found), expected in zip(resumed.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(found, expected), name
+    model.save_pretrained(tmp_path / "method")
+    lora_squeeze.convert(load(tmp_path / "method", base=llama()), "peft").save(tmp_path / "lora")
+    plain = PeftModel.from_pretrained(llama(), tmp_path / "lora").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids()).logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_each_of_several_callbacks_finds_its_own_state() -> None:
+    from transformers import TrainerControl, TrainerState
+
+    config = lora_squeeze.methods.ranks.MaestroConfig(target_modules=["q_proj"])
+    model = get_peft_model(llama(), config)
+    model.add_adapter("other", lora_squeeze.methods.ranks.MaestroConfig(target_modules=["q_proj"]))
+    stored = []
+    for adapter, steps in (("default", 3), ("other", 5)):
+        controller = controller_for(model, STEPS, adapter=adapter)
+        controller.steps_done = steps
+        saved = {"saved": controller.state_dict()}
+        stored.append({"args": {"adapter": adapter}, "attributes": saved})
+    state = TrainerState(max_steps=STEPS, global_step=5, stateful_callbacks=None)
+    state.stateful_callbacks = {"ControllerCallback": stored}  # type: ignore[assignment]
+    for adapter, steps in (("default", 3), ("other", 5)):
+        callback = ControllerCallback(adapter)
+        callback.on_train_begin(TrainingArguments(use_cpu=True), state, TrainerControl(), model=model)
+        assert callback.controller is not None
+        assert callback.controller.steps_done == steps
