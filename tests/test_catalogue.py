@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,25 @@ def test_every_module_documents_its_paper_and_has_its_configuration(entry: Entry
 def test_conversion_knows_every_method(entry: Entry) -> None:
     row = row_of({"peft_type": entry.name.upper()})
     assert (row.name, row.update) == (entry.title, entry.update)
+
+
+def test_any_module_may_be_imported_first() -> None:
+    """Methods need the engine, controllers need methods: in no order is there a circle."""
+    modules = sorted(
+        {*(entry.module for entry in CATALOGUE), *(f"lora_squeeze.methods.{n}" for n in ("control", "callback"))}
+    )
+    script = """if True:
+        import importlib, os, sys
+        import peft, transformers
+        for name in sys.argv[1:]:
+            child = os.fork()
+            if not child:
+                importlib.import_module(name)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0, name
+    """
+    done = subprocess.run([sys.executable, "-c", script, *modules], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1500:]
 
 
 def test_readme_and_docs_have_the_table() -> None:

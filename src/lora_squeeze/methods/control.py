@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.methods.adapters.engine.delta import seeded
+from lora_squeeze.methods.seeds import seeded
 
 CONTROLLERS: dict[str, type[Controller]] = {}  # method -> its controller
 

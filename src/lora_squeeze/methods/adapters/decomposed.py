@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.methods.adapters.engine import AdapterConfig, FactorDelta, Site
-from lora_squeeze.methods.adapters.engine.delta import seeded
+from lora_squeeze.methods.seeds import seeded
 
 _UNIT = 2.0**-30  # of the numbers of a fingerprint
 _PROBES = 4

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_squeeze.methods.adapters.engine import AdapterConfig, FactorDelta, Site, register
-from lora_squeeze.methods.adapters.engine.delta import seeded
 from lora_squeeze.methods.adapters.unilora_projections import PROJECTIONS, Projection
+from lora_squeeze.methods.seeds import seeded
 
 
 @dataclass

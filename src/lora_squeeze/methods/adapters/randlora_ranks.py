@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_squeeze.methods.adapters.engine import AdapterConfig, FactorDelta, Site, register
-from lora_squeeze.methods.adapters.engine.delta import seeded
+from lora_squeeze.methods.seeds import seeded
 
 
 @dataclass

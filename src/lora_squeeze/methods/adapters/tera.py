@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_squeeze.methods.adapters.engine import AdapterConfig, Delta, Site, register
-from lora_squeeze.methods.adapters.engine.delta import seeded
+from lora_squeeze.methods.seeds import seeded
 
 
 @dataclass

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.methods.adapters.engine.delta import seeded
+from lora_squeeze.methods.seeds import seeded
 
 Sizes = Sequence[int]
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_squeeze.methods.adapters.engine.delta import seeded
+from lora_squeeze.methods.seeds import seeded
 
 _FLOOR = 1e-16  # under the root of a norm, so that a suffix of zeros has the gradient zero
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+
+from lora_squeeze.methods.seeds import seeded
 
 Pair = tuple[Tensor, Tensor]
 
@@ -39,16 +40,6 @@ class Site:
     def generator(self, seed: int, *labels: object) -> torch.Generator:
         """A generator of its own, on the CPU, for this layer's name, a seed and labels."""
         return seeded(seed, self.name, *labels)
-
-
-def seeded(seed: int, *labels: object) -> torch.Generator:
-    """A CPU generator whose numbers depend on the seed and the labels alone: the same on every device and in every run.
-
-    Labels of different kinds never meet: the numbers of ("q", "A") and ("q", "B") are independent.
-    """
-    text = "\0".join([str(seed), *map(str, labels)])
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
-    return torch.Generator().manual_seed(number)
 
 
 class Delta(nn.Module):
