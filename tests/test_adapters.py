@@ -80,6 +80,7 @@ def test_gradients_are_those_of_the_formed_update(method: Method) -> None:
         base = layer.get_base_layer()
         waits = method.waits or "nothing"
         parameters = [p for name, p in delta.named_parameters() if p.requires_grad and not name.startswith(waits)]
+        parameters = parameters or [delta.vector]  # one of all layers
         bias = base.bias if delta.bias() is None else base.bias + delta.bias()
         formed = functional.linear(x, base.weight + delta.weight(), bias)
         wanted = torch.autograd.grad((formed * upstream).sum(), parameters)
@@ -394,6 +395,16 @@ def test_converted_it_is_a_plain_lora_of_the_same_function(method: Method, tmp_p
         full = min(layer.in_features, layer.out_features)
         bound = full if method.rank is None else min(full, method.rank(layer.in_features, layer.out_features))
         assert module.rank == bound
+
+
+def test_converted_beside_a_base_of_half_precision_it_keeps_its_own(method: Method, tmp_path: Path) -> None:
+    model = adapted(method, net(torch.bfloat16), trained=True)
+    saved(model, tmp_path)
+    adapter = load(tmp_path, base=net(torch.bfloat16))
+    for name, layer in layers(model).items():
+        wanted = copy.deepcopy(layer).double().get_delta_weight("default").detach()
+        found = adapter.update(name.removeprefix("base_model.model."))
+        close(found.scale * found.B.double() @ found.A.double(), wanted, 1e-5)
 
 
 def test_squeezed_it_keeps_the_best_directions(method: Method, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def dense(projection: Projection) -> torch.Tensor:
 
 
 def thetas(model: nn.Module) -> list[nn.Parameter]:
-    return [layer.deltas["default"].theta for layer in layers(model).values()]
+    return [layer.deltas["default"].vector for layer in layers(model).values()]
 
 
 @pytest.mark.parametrize("length", [24, 50, TOTAL])
@@ -185,7 +185,7 @@ def test_an_adapter_made_anew_under_an_old_name_begins_anew(tmp_path: Path) -> N
     model.add_adapter("other", PROJ.config(length=40))
     model.delete_adapter("other")
     model.add_adapter("other", PROJ.config(length=60, seed=3))
-    assert all(len(layer.deltas["other"].theta) == 60 for layer in layers(model).values())
+    assert all(len(layer.deltas["other"].vector) == 60 for layer in layers(model).values())
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(net(), tmp_path / "other").eval()
     model.set_adapter("other")

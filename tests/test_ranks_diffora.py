@@ -270,6 +270,23 @@ def test_layers_chosen_before_are_trained_from_the_first_step_on() -> None:
     assert moved == ["blocks.0.wide", "blocks.1.tall"]
 
 
+def test_layers_chosen_before_leave_the_others_sharing() -> None:
+    _, controller = trained(config(chosen=["blocks.0.tall"], share_unselected=True), 3, adam)
+    first, _, second, _ = controller.deltas.values()
+    assert first.B is second.B
+    assert first.weight().abs().max() > 0
+
+
+def test_groups_hold_every_trained_number_once_and_gates_have_the_settings_of_searches() -> None:
+    model = adapted(DIFFORA, modules_to_save=["head"])
+    rest, gates = parameter_groups(model, lr=1e-4, gates_lr=0.1)
+    assert {id(p) for p in gates["params"]} == {id(layer.deltas["default"].a) for layer in layers(model).values()}
+    held = {id(p) for p in [*rest["params"], *gates["params"]]}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW([rest, gates])
+    assert [(g["lr"], g["betas"]) for g in optimizer.param_groups] == [(1e-4, (0.9, 0.999)), (0.1, (0.5, 0.999))]
+
+
 @pytest.mark.parametrize("cut", [3, 7, 9])
 @pytest.mark.parametrize("share", [True, False])
 def test_a_resumed_training_is_the_uncut_one(cut: int, share: bool) -> None:

@@ -79,7 +79,7 @@ def test_what_is_merged_is_what_is_deployed_in_training_mode_too(method: Method)
 @each_method
 def test_another_adapter_keeps_its_rank(method: Method) -> None:
     model = adapted(method, trained=True)
-    model.add_adapter("other", method.config(seed=7))
+    model.add_adapter("other", method.config(seed=7, target_modules=["wide"]))
     shake(model, "other", seed=8)
     wanted = model.eval()(batch())
     model.set_adapter("other")

@@ -55,6 +55,13 @@ def test_the_official_threshold_is_three_steps_in_place() -> None:
     assert shrunk(torch.tensor([0.4]), 0.25).item() == pytest.approx(0.15)
 
 
+@pytest.mark.parametrize("mode", ["soft", "official"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_thresholds_keep_the_dtype(mode: str, dtype: torch.dtype) -> None:
+    found = shrunk(torch.tensor([-1.0, 0.0, 0.125, 0.75], dtype=dtype), 0.25, mode)
+    assert torch.equal(found, torch.tensor([-0.75, 0.0, 0.0, 0.5], dtype=dtype))
+
+
 def test_the_gate_stands_between_the_factors() -> None:
     model = adapted(SORA, trained=True).double()
     layer = next(iter(layers(model).values()))

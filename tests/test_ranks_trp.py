@@ -180,6 +180,24 @@ def test_a_training_too_short_for_a_projection_is_cut_at_its_end() -> None:
         assert torch.linalg.matrix_rank(layer.get_delta_weight("default"), rtol=1e-5) == rank <= 6
 
 
+@each_form
+@pytest.mark.parametrize("autocast", [True, False], ids=["float32", "bfloat16"])
+def test_beside_a_base_of_half_precision(form: str, autocast: bool) -> None:
+    made = config(form, period=2, nuclear=0.01, energy=0.8)
+    model = get_peft_model(net(torch.bfloat16), made, autocast_adapter_dtype=autocast)
+    optimizer = adam(model)
+    controller = controller_for(model, 6, optimizer)
+    x, y = (t.bfloat16() for t in planted())
+    go_on(model, controller, optimizer, 6, (x, y))
+    controller.finish()
+    for name, delta in controller.deltas.items():
+        assert {p.dtype for p in delta.parameters()} == {torch.float32 if autocast else torch.bfloat16}
+        S = torch.linalg.svdvals(delta.weight().detach().double())
+        rest = S[controller.pruning.kept[name] :].norm() / S.norm()
+        assert rest < (1e-6 if autocast else torch.finfo(torch.bfloat16).eps)
+        assert S[0] > 0
+
+
 def test_a_noisy_low_rank_update_is_found() -> None:
     """Linear regression, a rank of 3 and noise: plain training has full rank."""
     generator = torch.Generator().manual_seed(0)
@@ -202,9 +220,9 @@ def test_a_noisy_low_rank_update_is_found() -> None:
 
 
 @each_form
-@pytest.mark.parametrize("cut", [7, 10, 15])
+@pytest.mark.parametrize("cut", [7, 10, 26])
 def test_a_resumed_training_is_the_uncut_one(form: str, cut: int) -> None:
-    settings = {"period": 5, "energy": 0.8, "nuclear": 0.01}
+    settings = {"period": 5, "energy": 0.99, "nuclear": 0.01}
     whole, one = trained(config(form, **settings), 27)
     again, other = cut_and_resumed(config(form, **settings), 27, cut)
     same(whole, again)

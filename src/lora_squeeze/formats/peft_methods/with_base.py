@@ -271,9 +271,8 @@ def _adapted(model: nn.Module, folder: Path, row: Row) -> nn.Module:
     try:
         with warnings.catch_warnings(record=True) as said, torch.random.fork_rng(devices=[]):
             warnings.simplefilter("always")
-            adapted: nn.Module = PeftModel.from_pretrained(
-                alias, str(folder), autocast_adapter_dtype=False, torch_device="cpu"
-            )
+            # Beside a base of half precision PEFT keeps adapters in float32, as they were trained and saved.
+            adapted: nn.Module = PeftModel.from_pretrained(alias, str(folder), torch_device="cpu")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise LoraSqueezeError(
             f"{folder}: PEFT cannot load this {row.name} on the base model ({_first_line(error)})"

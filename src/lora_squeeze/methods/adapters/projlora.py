@@ -74,9 +74,7 @@ class _Layout:
 
 
 class ProjLoraDelta(FactorDelta):
-    """One layer; trained: theta (length), one parameter of all layers, which the first one stores."""
-
-    theta: nn.Parameter
+    """One layer; trained: theta (length), which the first layer has and the others read."""
 
     def __init__(self, site: Site, config: ProjLoraConfig) -> None:
         super().__init__(site, config)
@@ -88,7 +86,18 @@ class ProjLoraDelta(FactorDelta):
         self._first = [first]  # in a list, so that it is no part of this module
         self.number = len(self.layout.sizes)
         self.layout.sizes.append(config.r * (site.in_features + site.out_features))
-        self.theta = first.theta if self.number else nn.Parameter(self._drawn())
+        if first is self:
+            self.theta = nn.Parameter(self._drawn())
+
+    @property
+    def vector(self) -> nn.Parameter:
+        """Theta. PEFT exchanges parameters when it casts them, so it is looked up each time."""
+        return self._first[0].theta
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of theta."""
+        return self.vector.dtype
 
     def _drawn(self) -> Tensor:
         config: ProjLoraConfig = self.config
@@ -102,23 +111,9 @@ class ProjLoraDelta(FactorDelta):
         layout, config = self.layout, self.config
         if layout.projection is None:
             layout.projection = PROJECTIONS[config.projection](layout.sizes, config.length, config.seed)
-        numbers = layout.projection.apply(self.theta, sum(layout.sizes[: self.number]), layout.sizes[self.number])
+        numbers = layout.projection.apply(self.vector, sum(layout.sizes[: self.number]), layout.sizes[self.number])
         A, B = numbers.split([config.r * self.site.in_features, config.r * self.site.out_features])
         return self.scale * B.view(-1, config.r), A.view(config.r, -1)
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        """Theta once."""
-        if not self.number:
-            parent: Any = super()
-            parent._save_to_state_dict(*args)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        """The first layer, which is loaded before the others, has read it."""
-        if self.number:
-            self.theta = self._first[0].theta
-        else:
-            parent: Any = super()
-            parent._load_from_state_dict(*args)
 
 
 register("projlora", ProjLoraConfig, ProjLoraDelta)

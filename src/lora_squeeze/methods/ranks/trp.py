@@ -15,7 +15,8 @@ adapters are ours, with W frozen and dW = 0 at the start:
 The nuclear norm's part is added after gradients are clipped, and once for all micro-batches. The optimiser's momentum
 is not projected, as in the authors' code. Between two projections, what is evaluated is dW itself, of full width.
 
-As a plain LoRA: exact at the rank found for each layer; before the end of a training, squeezed.
+As a plain LoRA: exact at the rank found for each layer; squeezed, before the end of a training, or where D itself is of
+half precision (PEFT keeps float32 unless told not to), whose rounding has full rank.
 
 Not where memory is short: "dense" with Adam holds three numbers more for each of W. The cost of a projection is one
 singular value decomposition of each layer, of the size of W if "dense", of the factors else.
