@@ -31,6 +31,8 @@ class Method:
         rank: bound of the rank of dW, as a function of in_features and out_features; None: none below full rank.
         identity: a fresh adapter leaves the model's function as it is, to this relative error (0: bit by bit).
         float64: the layer computes in float64 where its parameters are float64.
+        static: the update is the same for all inputs; where it is not, it must not be merged or converted.
+        once: trained numbers that the layers have in common.
         waits: how the names of those trained numbers begin that rest until the method's controller calls them.
     """
 
@@ -40,6 +42,8 @@ class Method:
     rank: Count | None = None
     identity: float | None = 0.0
     waits: str | None = None
+    static: bool = True
+    once: int = 0
 
     def config(self, **more: Any) -> PeftConfig:
         """A configuration for the two kinds of layers that the tiny models have."""
@@ -54,6 +58,9 @@ METHODS: dict[str, Method] = {
         Method("blocklora", lambda i, o: 2 * i + 4 * o, {"r": 4, "alpha": 6}, rank=lambda i, o: 2),
         Method("hydra", lambda i, o: 2 * (i + o) + 6 * o, {"r": 2, "r_sequential": 3, "alpha": 3}, rank=lambda i, o: 5),
         Method("wara", lambda i, o: i + o, {"r": 2, "wavelet": "db2"}, rank=lambda i, o: 4),
+        Method("queryable", lambda i, o: 3 * (i + o),
+               {"r": 3, "atoms": 4, "top_k": 3, "query_dim": 5, "block_layers": 1}, rank=lambda i, o: 3, static=False,
+               once=4 * 9 + 4 * 5 + 2 * 5 * 3 + 5 * 5 + 2 * 5),
         Method("tera", lambda i, o: sum(split(i, 3)) + sum(split(o, 3))),
         Method("loldu", lambda i, o: 5, {"r": 5, "alpha": 5}, rank=lambda i, o: 5),
         Method("svfit", lambda i, o: 5, {"r": 5}, rank=lambda i, o: 5),

@@ -65,6 +65,8 @@ CATALOGUE: tuple[Entry, ...] = (
           "alpha / r (sum of B_i) A, or B A with A repeated over n parts of the input", "exact", "r / n, or r"),
     Entry("hydra", "Hydra", "2309.06922", "adapters", _ADAPTERS + "hydra_adapter", "HydraConfig",
           "s (B_p A_p + B_s A_s W); the bias too", "exact", "r + r_s"),
+    Entry("queryable", "Queryable LoRA", "2605.08423", "adapters", _ADAPTERS + "queryable_lora", "QueryableConfig",
+          "alpha / r B M(x) A, M mixed from shared atoms by the input", "exact", "r, once its routes are fixed"),
     Entry("lift", "LIFT", "2506.00772", "adapters", _ADAPTERS + "lift", "LiftConfig",
           "r (in + out) chosen entries, the largest of a low-rank approximation of W", "squeezed"),
     Entry("sara", "SaRA", "2409.06633", "adapters", _ADAPTERS + "sara", "SaraConfig",

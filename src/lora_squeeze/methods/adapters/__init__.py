@@ -8,6 +8,7 @@ from lora_squeeze.methods.adapters.lora_xs import LoraXsConfig as LoraXsConfig
 from lora_squeeze.methods.adapters.nola import NolaConfig as NolaConfig
 from lora_squeeze.methods.adapters.paca import PacaConfig as PacaConfig
 from lora_squeeze.methods.adapters.projlora import ProjLoraConfig as ProjLoraConfig
+from lora_squeeze.methods.adapters.queryable_lora import QueryableConfig as QueryableConfig
 from lora_squeeze.methods.adapters.randlora_ranks import RandLoraRanksConfig as RandLoraRanksConfig
 from lora_squeeze.methods.adapters.sara import SaraConfig as SaraConfig
 from lora_squeeze.methods.adapters.snella import SnellaConfig as SnellaConfig

@@ -76,9 +76,8 @@ class BlockLoraDelta(FactorDelta):
         self.rank = min(rows, columns)
         drawn = torch.rand(rows, columns, generator=generator) * 2 - 1
         self.A = nn.Parameter(drawn / math.sqrt(site.in_features))
-        self.B = nn.Parameter(torch.zeros(arms, site.out_features, rows))
-        if not config.init_weights:
-            self.B.data = torch.randn(self.B.shape, generator=generator)
+        B = torch.zeros(arms, site.out_features, rows)
+        self.B = nn.Parameter(B if config.init_weights else torch.randn(B.shape, generator=generator))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """B (out, rows) with the scale in it, and A (rows, in)."""

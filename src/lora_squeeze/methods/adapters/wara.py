@@ -51,7 +51,8 @@ class WaraConfig(AdapterConfig):
         levels: each halves the trained numbers and doubles the rank.
         bands: "shared", one map for all bands; "separate", one for each pair of an output and an input band, as many
             times the numbers.
-        tiny: train r numbers alone, between singular vectors of W's bands. Their SVD is computed at the start.
+        tiny: train r numbers alone, between singular vectors of W's bands. They are computed at the start and not
+            stored: load it beside the same W.
     """
 
     wavelet: str = "haar"
@@ -96,9 +97,8 @@ class WaraDelta(FactorDelta):
         generator = site.generator(config.seed, "init")
         bound = 1 / math.sqrt(columns)
         self.A = nn.Parameter((torch.rand(maps, config.r, columns, generator=generator) * 2 - 1) * bound)
-        self.B = nn.Parameter(torch.zeros(maps, rows, config.r))
-        if not config.init_weights:
-            self.B.data = torch.randn(self.B.shape, generator=generator)
+        B = torch.zeros(maps, rows, config.r)
+        self.B = nn.Parameter(B if config.init_weights else torch.randn(B.shape, generator=generator))
 
     def _make_tiny(self) -> None:
         weight = self.site.base_weight().detach().to("cpu", torch.float32)
@@ -111,9 +111,9 @@ class WaraDelta(FactorDelta):
                 f"{self.site.name}: r is {self.config.r}, and the bands of the weight are {tuple(mean.shape)}; lower "
                 "r or leave the layer out of target_modules"
             )
-        self.c = nn.Parameter(torch.zeros(self.config.r))
-        if not self.config.init_weights:
-            self.c.data = torch.randn(self.config.r, generator=self.site.generator(self.config.seed, "init"))
+        c = torch.zeros(self.config.r)
+        generator = self.site.generator(self.config.seed, "init")
+        self.c = nn.Parameter(c if self.config.init_weights else torch.randn(c.shape, generator=generator))
         self.register_buffer("U", U[:, : self.config.r].contiguous(), persistent=False)
         self.register_buffer("Vh", Vh[: self.config.r].contiguous(), persistent=False)
 

@@ -40,6 +40,11 @@ class AdapterConfig(PeftConfig):
     seed: int = 0
     method: ClassVar[str] = field(default="", init=False)  # set by `register`
 
+    @property
+    def static(self) -> bool:
+        """Whether the update is the same for all inputs, so that it can be merged and converted."""
+        return True
+
     def __post_init__(self) -> None:
         parent: Any = super()
         parent.__post_init__()

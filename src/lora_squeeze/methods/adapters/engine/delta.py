@@ -27,7 +27,8 @@ class Site:
         base_weight: reads W (out, in) of the layer, dequantised, in the dtype of the base, without merged updates; not
             a copy while none is merged.
         base_bias: reads the bias, without merged changes; None where there is none.
-        shared: objects that the layers of one adapter share, by key; see `Delta.share`.
+        shared: objects that the layers of one adapter share, by key; see `Delta.share`. "model" is a weak reference to
+            the model that the adapter is put on.
     """
 
     name: str

@@ -99,7 +99,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's own `convert_to_lora` takes dW from here; it knows no bias."""
-        return not self.moves_bias
+        delta: Any = self.deltas[adapter_name]
+        static: bool = delta.config.static
+        return static and not self.moves_bias
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

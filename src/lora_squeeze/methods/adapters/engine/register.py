@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -24,7 +25,8 @@ class DeltaModel(BaseTuner):
         self, peft_config: Any, adapter_name: str, target: Any, target_name: str, parent: nn.Module, current_key: str,
         parameter_name: str | None = None,
     ) -> None:  # fmt: skip
-        shared = self.__dict__.setdefault("shared_of_adapters", {}).setdefault(adapter_name, {})
+        of_adapters = self.__dict__.setdefault("shared_of_adapters", {})
+        shared = of_adapters.setdefault(adapter_name, {"model": weakref.ref(self.model)})
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config, shared)
             return
