@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,17 @@ def machine() -> dict[str, Any]:
         "mkl": torch.backends.mkl.is_available(),
         **{name: version(name) for name in ("lora-squeeze", "torch", "safetensors", "peft", "numpy")},
     }
+
+
+def commit() -> str:
+    """The commit of this repository, with "+" where files differ from it."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def _processor() -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,12 +15,12 @@ from bench.evidence.learners import NAMES
 from bench.evidence.plan import Asked, final_jobs, tuning_jobs
 from bench.evidence.rows import Row, append, read_rows
 from bench.evidence.work import PEFT, Job, work
-from bench.machine import machine
+from bench.machine import commit, machine
 from lora_squeeze.demo.model import user_cache
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.fleet.pool import run_jobs
 
-BUDGETS = {"smollm2": (100, 8), "vlm": (100, 8), "minilm": (200, 16), "tiny": (20, 4), "tiny-vlm": (20, 4)}
+BUDGETS = {"smollm2": (100, 8), "vlm": (60, 8), "minilm": (200, 16), "tiny": (20, 4), "tiny-vlm": (20, 4)}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,8 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = _parser().parse_args(arguments)
     asked = _asked(given)
     rows = read_rows([given.rows, *given.rates])
-    commit = _commit()
-    start = {"kind": "machine", "command": shlex.join(sys.argv), "commit": commit, **machine()}
+    head = commit()
+    start = {"kind": "machine", "command": shlex.join(sys.argv), "commit": head, **machine()}
     append(given.rows, [start])
     failures = 0
     begun: set[tuple[Any, ...]] = set()  # jobs that failed are not tried again in this run
@@ -40,12 +39,12 @@ def main(arguments: list[str] | None = None) -> None:
         if not jobs:
             break
         begun |= {(name, job.wanted) for name, job in jobs.items()}
-        failures += _do(jobs, given, rows, commit)
+        failures += _do(jobs, given, rows, head)
     if failures:
         raise SystemExit(f"{failures} jobs failed; the same command tries them again")
 
 
-def _do(jobs: dict[str, Job], given: Any, rows: list[Row], commit: str) -> int:
+def _do(jobs: dict[str, Job], given: Any, rows: list[Row], head: str) -> int:
     failures = 0
     begun = time.perf_counter()
     calls = {name: (job,) for name, job in jobs.items()}
@@ -55,7 +54,7 @@ def _do(jobs: dict[str, Job], given: Any, rows: list[Row], commit: str) -> int:
             failures += 1
             print(f"{done}/{len(jobs)} {name}: {outcome}", flush=True)
             continue
-        found = [{**row, "commit": commit} for row in outcome]
+        found = [{**row, "commit": head} for row in outcome]
         append(given.rows, found)
         rows += found
         for row in found:
@@ -102,17 +101,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ray", help="address of a Ray cluster, in place of this machine")
     parser.add_argument("--store", type=Path, default=user_cache() / "evidence", help="folder for trained sources")
     return parser
-
-
-def _commit() -> str:
-    """The commit of this repository, with "+" where files differ from it."""
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 if __name__ == "__main__":
