@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.methods.seeds import seeded
 
 CONTROLLERS: dict[str, type[Controller]] = {}  # method -> its controller
+_AT_WORK: WeakValueDictionary[tuple[int, str], Controller] = WeakValueDictionary()  # by model and adapter
 
 
 class Controller:
@@ -43,6 +45,9 @@ class Controller:
         config: of the adapter.
         deltas: name of the layer -> its update, in the order of the model.
         steps_done: finished optimiser steps.
+        over: it has finished, and does nothing any more.
+
+    A method overrides `_before_forward`, `_before_step`, `_after_step`, which counts, and `_finish`.
     """
 
     def __init__(
@@ -54,19 +59,40 @@ class Controller:
         self.config: Any = _config(model, adapter)
         self.deltas: dict[str, Any] = deltas_of(model, adapter)
         self.steps_done = 0
+        self.over = False
 
     def before_forward(self) -> None:
         """Before the first forward pass of a step."""
+        if not self.over:
+            self._before_forward()
 
     def before_step(self) -> None:
         """After the last backward pass of a step: gradients may be changed. Sums over micro-batches are complete."""
+        if not self.over:
+            self._before_step()
 
     def after_step(self) -> None:
         """After the optimiser's step."""
-        self.steps_done += 1
+        if not self.over:
+            self._after_step()
 
     def finish(self) -> None:
-        """After the last step."""
+        """After the last step, or before the adapter becomes a plain LoRA."""
+        if not self.over:
+            self._finish()
+            self.over = True
+
+    def _before_forward(self) -> None:
+        pass
+
+    def _before_step(self) -> None:
+        pass
+
+    def _after_step(self) -> None:
+        self.steps_done += 1
+
+    def _finish(self) -> None:
+        pass
 
     def generator(self, *labels: object) -> torch.Generator:
         """For what is drawn in the present step."""
@@ -97,7 +123,16 @@ def controller_for(model: nn.Module, total_steps: int, optimizer: Any = None, ad
         total_steps, optimizer, adapter: as for `Controller`.
     """
     kind = str(getattr(_config(model, adapter).peft_type, "value", _config(model, adapter).peft_type))
-    return CONTROLLERS.get(kind.lower(), Controller)(model, total_steps, optimizer, adapter)
+    made = CONTROLLERS.get(kind.lower(), Controller)(model, total_steps, optimizer, adapter)
+    _AT_WORK[id(model), adapter] = made
+    return made
+
+
+def end_control(model: nn.Module, adapter: str = "default") -> None:
+    """Let the controller that an adapter is trained with finish, if there is one."""
+    found = _AT_WORK.get((id(model), adapter))
+    if found is not None and found.model is model:
+        found.finish()
 
 
 def controlled_by(name: str, controller: type[Controller]) -> None:

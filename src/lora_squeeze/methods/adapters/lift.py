@@ -147,9 +147,9 @@ class LiftController(Controller):
         if optimizer is None:
             raise LoraSqueezeError("LIFT exchanges entries while it trains; give the optimizer")
 
-    def after_step(self) -> None:
+    def _after_step(self) -> None:
         """Where it is due, choose again."""
-        super().after_step()
+        super()._after_step()
         if self.steps_done % self.config.refresh == 0:
             for delta in self.deltas.values():
                 delta.refresh(self.optimizer)

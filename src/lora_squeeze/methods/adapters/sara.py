@@ -174,7 +174,7 @@ class SaraController(Controller):
             raise LoraSqueezeError("no entry of the adapted weights is below theta; raise theta or give a fraction")
         self.half = total_steps // 2
 
-    def before_step(self) -> None:
+    def _before_step(self) -> None:
         """At the half, narrow the entries; in each step, the penalty of one layer."""
         if self.steps_done == self.half:
             for delta in self.deltas.values():

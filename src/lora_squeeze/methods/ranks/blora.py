@@ -176,7 +176,7 @@ class BloraController(Controller):
 
     deltas: dict[str, BloraDelta]
 
-    def before_forward(self) -> None:
+    def _before_forward(self) -> None:
         """Draw the gates of the step."""
         quantizers = [(delta, name) for delta in self.deltas.values() for name in delta.names]
         self.finish()
@@ -187,7 +187,7 @@ class BloraController(Controller):
         for (delta, name), noise in zip(quantizers, drawn.split(sizes), strict=True):
             delta.noise[name] = noise
 
-    def before_step(self) -> None:
+    def _before_step(self) -> None:
         """Add the gradient of the cost to that of the gates."""
         if not (self._draws and self.config.penalty):
             return
@@ -202,9 +202,9 @@ class BloraController(Controller):
                 gates += delta.gates(name)
         add_gradient(self.config.penalty * torch.stack(costs).sum(), gates)
 
-    def after_step(self) -> None:
+    def _after_step(self) -> None:
         """Begin to quantise when the warm-up is over."""
-        super().after_step()
+        super()._after_step()
         if self.steps_done == max(1, steps_of(self.config.warmup, self.total_steps)):
             for delta in self.deltas.values():
                 if self.config.activations and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -212,7 +212,7 @@ class BloraController(Controller):
                 delta.begin()
             self.config.quantised = True
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Gates as they are deployed, in training mode too."""
         for delta in self.deltas.values():
             delta.noise = {}

@@ -139,16 +139,16 @@ class DifforaController(Controller):
         gates = self.config.chosen is None and waited >= 0 and waited % 2 == 0
         return "gates" if gates and self.steps_done < self._length else "weights"
 
-    def before_step(self) -> None:
+    def _before_step(self) -> None:
         """Leave the gradients of one side alone: without a gradient, an optimiser passes a parameter by."""
         gates = {id(delta.a) for delta in self.deltas.values()}
         for parameter in self.model.parameters():
             if (id(parameter) in gates) != (self.phase == "gates"):
                 parameter.grad = None
 
-    def after_step(self) -> None:
+    def _after_step(self) -> None:
         """Choose when the search is over."""
-        super().after_step()
+        super()._after_step()
         if self.config.chosen is None and self.steps_done >= self._length:
             self._choose()
 

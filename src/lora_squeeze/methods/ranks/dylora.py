@@ -99,12 +99,12 @@ class DyloraController(Controller):
 
     deltas: dict[str, DyloraDelta]
 
-    def before_forward(self) -> None:
+    def _before_forward(self) -> None:
         """Draw one rank for all layers."""
         odds = torch.tensor(self.config.odds or [1.0] * self.config.r, dtype=torch.float64)
         self._set(1 + int(torch.multinomial(odds, 1, generator=self.generator())))
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """No rank is drawn any more."""
         self._set(None)
 

@@ -109,11 +109,11 @@ class MaestroController(Controller):
     deltas: dict[str, MaestroDelta]
     began = 0  # step at which the present pass over all pairs of layer and prefix began
 
-    def before_forward(self) -> None:
+    def _before_forward(self) -> None:
         """Choose the layer that is shortened, and its prefix."""
         self.began = draw(self.deltas, self.steps_done, self.began, self.config.seed)
 
-    def before_step(self) -> None:
+    def _before_step(self) -> None:
         """Add the gradient of the lasso."""
         if not self.config.lasso:
             return
@@ -121,9 +121,9 @@ class MaestroController(Controller):
         factors = (p for delta in self.deltas.values() for p in (delta.U, delta.V))
         add_gradient(self.config.lasso * total, factors)
 
-    def after_step(self) -> None:
+    def _after_step(self) -> None:
         """Cut ranks when it is time."""
-        super().after_step()
+        super()._after_step()
         parts = self.config.shrinks
         if self.steps_done * parts // self.total_steps > (self.steps_done - 1) * parts // self.total_steps:
             # Until the first step with a learning rate above zero, U = 0 tells nothing of the columns.
@@ -132,7 +132,7 @@ class MaestroController(Controller):
                 self.began = self.steps_done
             self.config.found_ranks = {name: delta.kept for name, delta in self.deltas.items()}
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """All layers in full again, at the ranks found."""
         for delta in self.deltas.values():
             delta.prefix = None

@@ -137,21 +137,21 @@ class SoraController(Controller):
 
     deltas: dict[str, SoraDelta]
 
-    def before_step(self) -> None:
+    def _before_step(self) -> None:
         """Add the gradient of l1 * mean |g|."""
         if self.config.l1:
             gates = [delta.gate for delta in self.deltas.values()]
             add_gradient(self.config.l1 * torch.cat([*gates]).abs().mean(), gates)
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def _after_step(self) -> None:
         """Threshold all gates."""
         stages = self.config.thresholds()
         threshold = stages[min(self.steps_done * len(stages) // self.total_steps, len(stages) - 1)]
         for delta in self.deltas.values():
             taken = threshold * (self._rate(delta.gate) if self.config.times_lr else 1)
             delta.gate.copy_(shrunk(delta.gate, taken, self.config.threshold_mode))
-        super().after_step()
+        super()._after_step()
 
     def _rate(self, gate: nn.Parameter) -> float:
         groups: Sequence[dict[str, Any]] = getattr(self.optimizer, "param_groups", ())

@@ -154,16 +154,16 @@ class TrpController(Controller):
             energy=self.config.energy, nuclear=self.config.nuclear, most=self.config.r,
         )  # fmt: skip
 
-    def before_forward(self) -> None:
+    def _before_forward(self) -> None:
         """Project when it is time."""
         if self.steps_done % self.config.period == 0:
             self.pruning.project()
 
-    def before_step(self) -> None:
+    def _before_step(self) -> None:
         """Add the nuclear norm's part where a projection came before."""
         self.pruning.add_gradients()
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """The last projection."""
         self.pruning.finish()
 
