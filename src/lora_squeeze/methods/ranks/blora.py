@@ -179,7 +179,7 @@ class BloraController(Controller):
     def _before_forward(self) -> None:
         """Draw the gates of the step."""
         quantizers = [(delta, name) for delta in self.deltas.values() for name in delta.names]
-        self.finish()
+        self._finish()
         if not self._draws:
             return
         sizes = [sum(map(len, delta.gates(name))) for delta, name in quantizers]
