@@ -21,6 +21,7 @@ import lora_squeeze
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.peft_methods import load
+from lora_squeeze.methods.control import parameter_groups
 
 pytestmark = [
     pytest.mark.parametrize("method", METHODS.values(), ids=METHODS),
@@ -457,3 +458,17 @@ def test_the_state_has_no_frozen_numbers_that_a_seed_gives_again(method: Method)
     state = get_peft_model_state_dict(adapted(method))
     numbers = sum(tensor.numel() for tensor in state.values() if tensor.is_floating_point())
     assert numbers == 2 * (method.count(IN, HIDDEN) + method.count(HIDDEN, IN)) + method.once
+
+
+def test_the_groups_of_an_optimiser_have_every_trained_number_once(method: Method) -> None:
+    model = adapted(method, modules_to_save=["head"])
+    first, *others = parameter_groups(model, 1e-3, weight_decay=0.1)
+    assert (first["lr"], first["weight_decay"]) == (1e-3, 0.1)
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    found = [id(p) for group in (first, *others) for p in group["params"]]
+    assert sorted(found) == sorted(trained)
+    assert all(group["params"] for group in (first, *others))
+    own = {trained[id(p)].rpartition(".")[2] for group in others for p in group["params"]}
+    gates = {"sora": {"gate"}, "diffora": {"a"}, "blora": {"q_ranks"}}
+    gates["blora"] |= {f"q_{kind}_{factor}" for factor in "AEB" for kind in ("bits", "range")}
+    assert own == gates.get(method.name, set())

@@ -17,7 +17,7 @@ from torch import nn
 from bench.evidence.data import Example
 from bench.evidence.learners.base import Batch, Learner, Scores
 from lora_squeeze.adaptive import Adaptive
-from lora_squeeze.methods.control import controller_for
+from lora_squeeze.methods.control import controller_for, parameter_groups
 from lora_squeeze.schedule import Schedule
 from lora_squeeze.scores import adaptive_calibration_error, expected_calibration_error, maximum_calibration_error
 from lora_squeeze.training.squeezer import Squeezer
@@ -77,13 +77,13 @@ def train(
         rate: the highest learning rate.
         schedule: squeezes on the way; see `Squeezer`, which gets the options.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    own = schedule is None and hasattr(model, "peft_config")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameter_groups(model, rate) if own else trained, lr=rate, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _curve(len(batches)))
     squeezer = None
     if schedule is not None:
         squeezer = Squeezer(model, optimizer, schedule, scheduler=scheduler, **options)
-    own = schedule is None and hasattr(model, "peft_config")
     controller = controller_for(model, len(batches), optimizer) if own else None
     spent = Spent()
     model.train()

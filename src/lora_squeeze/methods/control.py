@@ -18,6 +18,7 @@ alone: all processes of a distributed run draw the same, and a resumed run goes 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakValueDictionary
@@ -133,6 +134,35 @@ def end_control(model: nn.Module, adapter: str = "default") -> None:
     found = _AT_WORK.get((id(model), adapter))
     if found is not None and found.model is model:
         found.finish()
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, *, weight_decay: float = 0.0, adapter: str = "default"
+) -> list[dict[str, Any]]:
+    """All that a PEFT model trains, as groups for Adam or AdamW: with the settings that its method asks for.
+
+    Args:
+        model: a PEFT model.
+        lr: learning rate of the first group: all, a new head included, but what a method trains at rates of its own,
+            such as gates. Those come from its configuration.
+        weight_decay: of the first group; gates have none but where their method says so.
+        adapter: name of the adapter.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4))  # doctest: +SKIP
+    """
+    config = _config(model, adapter)
+    asked: dict[str, dict[str, Any]] = config.own_settings(lr) if hasattr(config, "own_settings") else {}
+    own: dict[str, list[nn.Parameter]] = {}
+    for delta in deltas_of(model, adapter).values() if asked else ():
+        for name, parameter in delta.named_parameters():
+            found = next((key for key in asked if re.fullmatch(key, name.rpartition(".")[2])), None)
+            if found is not None and parameter.requires_grad:
+                own.setdefault(found, []).append(parameter)
+    taken = {id(parameter) for members in own.values() for parameter in members}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    first = {"params": rest, "lr": lr, "weight_decay": weight_decay}
+    return [first, *({"params": own[key], "weight_decay": 0.0, **asked[key]} for key in asked if key in own)]
 
 
 def controlled_by(name: str, controller: type[Controller]) -> None:

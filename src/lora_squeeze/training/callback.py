@@ -20,7 +20,8 @@ from lora_squeeze.adaptive import Adaptive
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.ranks import Allocation
 from lora_squeeze.schedule import MODES, Schedule, make_schedule
-from lora_squeeze.training.live import holder_of, live_modules, trained_adapters
+from lora_squeeze.training.live import holder_of, trained_adapters
+from lora_squeeze.training.other_method import is_other, modules_of
 from lora_squeeze.training.resume import follow_loaded_ranks
 from lora_squeeze.training.squeezer import Squeezer
 
@@ -126,7 +127,7 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         if model is None:  # made later by model_init
             return
         for name in self._adapters(model):
-            live_modules(model, name)
+            modules_of(model, name)
             self._following.append(follow_loaded_ranks(model, name, lambda: None))
 
     def on_train_begin(
@@ -148,6 +149,11 @@ class SqueezeCallback(TrainerCallback, ExportableState):
             self._batch = _LastBatch(model)
         for name in self._adapters(model):
             resumed = saved.get(name) if state.global_step else None
+            if resumed and resumed["history"] and is_other(model, name):
+                raise LoraSqueezeError(
+                    f"in this checkpoint the adapter {name!r} is a LoRA already; make the model from it: "
+                    "PeftModel.from_pretrained(base_model, checkpoint, is_trainable=True)"
+                )
             if resumed and (found := _statistics_of(args, state, name)):
                 resumed = {**resumed, "statistics": found}
             squeezer = Squeezer(
@@ -225,7 +231,7 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         if self.mode == "adaptive":
             return Adaptive(self.rank, steps, allocate=self.allocate, **self.schedule)
         ranks = (saved or {}).get("schedule", {}).get("ranks")
-        source = ranks[0] if ranks else max(m.width * m.step for m in live_modules(model, adapter))
+        source = ranks[0] if ranks else max(m.width * m.step for m in modules_of(model, adapter))
         return make_schedule(source, self.rank, steps, mode=self.mode, **self.schedule)
 
     def _note(self, squeezer: Squeezer) -> None:

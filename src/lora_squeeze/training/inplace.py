@@ -29,18 +29,21 @@ from lora_squeeze.adaptive import spend
 from lora_squeeze.decompose import Decomposition
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.lowrank import LowRank
+from lora_squeeze.methods.control import end_control
 from lora_squeeze.moments import Moments, predicted_curve, truncation
 from lora_squeeze.post_squeeze import decomposed
 from lora_squeeze.ranks import Allocation, Limits, Unit, allocation_for, choose, price
 from lora_squeeze.training.commit import New, commit
 from lora_squeeze.training.live import (
     LiveModule,
+    holder_of,
     is_sharded,
     live_modules,
     only_adapter,
     tied_pairs,
 )
 from lora_squeeze.training.optimizer_state import STATE_POLICIES, check_optimizer, unwrapped
+from lora_squeeze.training.other_method import AnyModule, become_lora, is_other, learned, other_modules
 
 PLACEMENTS = ("auto", "replace", "mask")
 
@@ -90,6 +93,9 @@ def squeeze_(
     follows the rank: lora_alpha = s * rank. Everything is computed before anything is changed; a failure half-way is
     rolled back.
 
+    An adapter of another method than LoRA becomes a LoRA of scale 1, exactly where its rank allows it: its layers, its
+    configuration, and in the optimiser its parameters are replaced; see `other_method`.
+
     Args:
         model: a PEFT model, or a transformers model with an adapter; wrapped by DDP, FSDP2 or torch.compile or not.
         rank: the rank for all modules, as PEFT counts it; modules with less keep what they have.
@@ -124,12 +130,16 @@ def squeeze_(
     """
     start = time.perf_counter()
     name = only_adapter(model) if adapter is None else adapter
+    if is_other(model, name):
+        rule = {"rank": rank, "energy": energy, "params": params, "ranks": ranks, "allocate": allocate}
+        return _from_other_method(model, name, optimizer, moments, rule)
     modules = live_modules(model, name)
     optimizer = None if optimizer is None else unwrapped(optimizer)
     check_request(modules, optimizer, optimizer_state, in_place)
     updates = [module.update() for module in modules]
     found = decomposed([module.name for module in modules], updates)
-    target = _target_ranks(modules, updates, found, rank, energy, params, ranks, allocate, moments or {})
+    own, spectra = [update.rank for update in updates], [item.S for item in found]
+    target = _target_ranks(modules, own, spectra, rank, energy, params, ranks, allocate, moments or {})
     target = _agreed_ranks(target, modules)
     before = sum(m.cost * u.rank for m, u in zip(modules, updates, strict=True))
     new = [
@@ -155,19 +165,58 @@ def squeeze_(
     )
 
 
-def check_request(modules: Sequence[LiveModule], optimizer: Any, optimizer_state: str, in_place: str) -> None:
+def _from_other_method(
+    model: nn.Module, adapter: str, optimizer: Any, moments: Any, rule: Mapping[str, Any]
+) -> Squeezed:
+    """Squeeze an adapter of another method, which becomes a LoRA by that."""
+    start = time.perf_counter()
+    if moments:
+        raise LoraSqueezeError("statistics of the data are those of LoRA layers; squeeze this adapter without them")
+    if _processes() > 1:
+        raise LoraSqueezeError("under several processes an adapter of another method cannot become a LoRA in place")
+    end_control(holder_of(model), adapter)
+    modules = other_modules(model, adapter)
+    # One layer at a time: the updates of some methods are as large as the weights.
+    known = rule["rank"] if rule["allocate"] in (None, "uniform") else None
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    spectra = []
+    for module in modules:
+        (item,) = decomposed([module.name], [module.update()])
+        spectra.append(item.S)
+        if known is not None:
+            factors[module.name] = item.factors(min(known, len(item.S)), 1.0, torch.float32)
+    target = _target_ranks(modules, [len(S) for S in spectra], spectra, **rule, moments={})
+    for module in modules if known is None else ():
+        (item,) = decomposed([module.name], [module.update()])
+        factors[module.name] = item.factors(target[module.name], 1.0, torch.float32)
+    before = sum(p.numel() for p in learned(model, modules))
+    become_lora(model, modules, factors, optimizer)
+    kept = sum(float(S[: target[m.name]].square().sum()) for m, S in zip(modules, spectra, strict=True))
+    total = sum(float(S.square().sum()) for S in spectra)
+    return Squeezed(
+        ranks=target,
+        energy=kept / total if total else 1.0,
+        parameters=before,
+        parameters_after=sum(m.cost * target[m.name] for m in modules),
+        seconds=time.perf_counter() - start,
+        maps={},
+    )
+
+
+def check_request(modules: Sequence[AnyModule], optimizer: Any, optimizer_state: str, in_place: str) -> None:
     """Refuse what cannot be done, before the first step or before anything changes."""
     if optimizer_state not in STATE_POLICIES:
         raise LoraSqueezeError(f"optimizer_state must be one of {', '.join(STATE_POLICIES)}, got {optimizer_state!r}")
     if in_place not in PLACEMENTS:
         raise LoraSqueezeError(f"in_place must be one of {', '.join(PLACEMENTS)}, got {in_place!r}")
-    if in_place == "replace" and is_sharded(modules):
+    lora = [module for module in modules if isinstance(module, LiveModule)]  # others are replaced whole
+    if in_place == "replace" and is_sharded(lora):
         raise LoraSqueezeError("sharded parameters cannot be replaced; use in_place='mask' or 'auto'")
-    if optimizer is not None:
-        trained = [p for m in modules for p in (m.A, m.B) if p.requires_grad]
+    if optimizer is not None and lora:
+        trained = [p for m in lora for p in (m.A, m.B) if p.requires_grad]
         check_optimizer(unwrapped(optimizer), trained, optimizer_state)
         codes = type(unwrapped(optimizer)).__name__.endswith("8bit")
-        if codes and not replaces(modules, in_place) and modules[0].A.device.type == "cpu":
+        if codes and not replaces(lora, in_place) and lora[0].A.device.type == "cpu":
             # bitsandbytes 0.50 has no code for zero there, so unused directions would drift away from it.
             raise LoraSqueezeError(
                 f"{type(unwrapped(optimizer)).__name__} on the CPU cannot keep unused directions at zero; use "
@@ -190,20 +239,26 @@ def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def grouped(modules: Sequence[LiveModule]) -> dict[str, list[LiveModule]]:
+def grouped(modules: Sequence[AnyModule]) -> dict[str, list[AnyModule]]:
     """Modules that share a rank, by the name of the first, in the model's order."""
-    groups: dict[str, list[LiveModule]] = {}
+    groups: dict[str, list[AnyModule]] = {}
     for module in modules:
         groups.setdefault(module.group or module.name, []).append(module)
     return {members[0].name: members for members in groups.values()}
 
 
 def units_of(
-    modules: Sequence[LiveModule], updates: Sequence[LowRank], found: Sequence[Decomposition]
-) -> list[tuple[Unit, list[LiveModule]]]:
-    """What shares a rank, with spectrum and cost, for `lora_squeeze.ranks`."""
-    rank = {module.name: update.rank for module, update in zip(modules, updates, strict=True)}
-    S = {module.name: item.S.reshape(-1, item.S.shape[-1]) for module, item in zip(modules, found, strict=True)}
+    modules: Sequence[AnyModule], ranks: Sequence[int], spectra: Sequence[Tensor]
+) -> list[tuple[Unit, list[AnyModule]]]:
+    """What shares a rank, with spectrum and cost, for `lora_squeeze.ranks`.
+
+    Args:
+        modules: of one adapter.
+        ranks: of their updates.
+        spectra: singular values of each, (*copies, n).
+    """
+    rank = {module.name: own for module, own in zip(modules, ranks, strict=True)}
+    S = {module.name: values.reshape(-1, values.shape[-1]) for module, values in zip(modules, spectra, strict=True)}
     return [
         (
             Unit(
@@ -220,7 +275,7 @@ def units_of(
     ]
 
 
-def loss_curve(members: Sequence[LiveModule], moments: Mapping[str, Moments]) -> list[float]:
+def loss_curve(members: Sequence[AnyModule], moments: Mapping[str, Moments]) -> list[float]:
     """Predicted increase of the loss at each rank from 0 on, summed over the modules that share it.
 
     Raises:
@@ -232,15 +287,16 @@ def loss_curve(members: Sequence[LiveModule], moments: Mapping[str, Moments]) ->
             raise LoraSqueezeError(
                 f"{module.name}: the loss increase cannot be predicted for this layer; bound the energy instead"
             )
+        assert isinstance(module, LiveModule)  # statistics are those of LoRA layers
         curve = predicted_curve(moments[module.path], module.scale)
         curves.append(curve.reshape(-1, curve.shape[-1]).sum(0).tolist())
     return [sum(column) for column in zip_longest(*curves, fillvalue=0.0)]
 
 
 def _target_ranks(
-    modules: Sequence[LiveModule],
-    updates: Sequence[LowRank],
-    found: Sequence[Decomposition],
+    modules: Sequence[AnyModule],
+    present: Sequence[int],
+    spectra: Sequence[Tensor],
     rank: int | None,
     energy: float | None,
     params: int | None,
@@ -253,8 +309,8 @@ def _target_ranks(
     if len(asked) != 1:
         raise LoraSqueezeError(f"give one of rank, energy, params or ranks, got {', '.join(asked) or 'none'}")
     if ranks is not None:
-        return _named_ranks(modules, updates, ranks)
-    units = units_of(modules, updates, found)
+        return _named_ranks(modules, present, ranks)
+    units = units_of(modules, present, spectra)
     top = max(unit.rank * unit.step for unit, _ in units)
     if rank is not None and rank > top:
         raise LoraSqueezeError(f"rank {rank} is above the present rank {top}; a squeeze only goes down")
@@ -269,16 +325,16 @@ def _target_ranks(
     return {module.name: k for k, (_, members) in zip(chosen, units, strict=True) for module in members}
 
 
-def _named_ranks(modules: Sequence[LiveModule], updates: Sequence[LowRank], ranks: Mapping[str, int]) -> dict[str, int]:
+def _named_ranks(modules: Sequence[AnyModule], present: Sequence[int], ranks: Mapping[str, int]) -> dict[str, int]:
     unknown = [name for name in ranks if name not in {m.name for m in modules}]
     if unknown:
         raise LoraSqueezeError(f"no module {unknown[0]!r} in the adapter; it has {modules[0].name}, ...")
     target = {}
-    for module, update in zip(modules, updates, strict=True):
-        wanted = ranks.get(module.name, update.rank * module.step)
-        if wanted < 1 or wanted % module.step or wanted > update.rank * module.step:
+    for module, own in zip(modules, present, strict=True):
+        wanted = ranks.get(module.name, own * module.step)
+        if wanted < 1 or wanted % module.step or wanted > own * module.step:
             raise LoraSqueezeError(
-                f"{module.name}: rank {wanted} is impossible; it has {update.rank * module.step} now"
+                f"{module.name}: rank {wanted} is impossible; it has {own * module.step} now"
                 + (f" and needs a multiple of {module.step}" if module.step > 1 else "")
             )
         target[module.name] = wanted // module.step

@@ -187,20 +187,20 @@ def holder_of(model: nn.Module) -> Any:
 
 
 def trained_adapters(model: nn.Module) -> list[str]:
-    """The active adapters whose factors are trained, in PEFT's order.
+    """The active adapters that are trained, of LoRA or another method, in PEFT's order.
 
     Raises:
         LoraSqueezeError: no adapter, or none that is trained.
     """
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     names = list(holder_of(model).peft_config)
     found = {
         name
         for layer in model.modules()
-        if isinstance(layer, LoraLayer)
+        if isinstance(layer, BaseTunerLayer)
         for name in layer.active_adapters
-        if any(p.requires_grad for p in _factors(layer, name))
+        if any(p.requires_grad for p in _parameters(layer, name))
     }
     if not found:
         raise LoraSqueezeError(
@@ -219,6 +219,15 @@ def only_adapter(model: nn.Module) -> str:
     if len(names) > 1:
         raise LoraSqueezeError(f"several adapters are trained: {', '.join(names)}; name one with adapter=")
     return names[0]
+
+
+def _parameters(layer: Any, adapter: str) -> Iterator[nn.Parameter]:
+    """All parameters that an adapter has in one of PEFT's layers."""
+    for name in layer.adapter_layer_names:
+        holder: Any = getattr(layer, name, {})
+        if hasattr(holder, "keys") and adapter in holder:
+            item = holder[adapter]
+            yield from item.parameters() if isinstance(item, nn.Module) else [item]
 
 
 def _factors(layer: Any, adapter: str) -> Iterator[nn.Parameter]:

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_squeeze.training.commit import make_room
 from lora_squeeze.training.live import holder_of, is_sharded, live_modules
+from lora_squeeze.training.other_method import is_other
 
 
 def follow_loaded_ranks(model: nn.Module, adapter: str, optimizer: Callable[[], Any]) -> RemovableHandle:
@@ -30,6 +31,8 @@ def follow_loaded_ranks(model: nn.Module, adapter: str, optimizer: Callable[[], 
     holder: nn.Module = holder_of(model)
 
     def make_room_for(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: object) -> None:
+        if is_other(holder, adapter):
+            return
         modules = live_modules(holder, adapter)
         if is_sharded(modules):
             return  # sharded parameters keep their shape, in checkpoints too

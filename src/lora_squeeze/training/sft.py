@@ -36,7 +36,7 @@ from lora_squeeze.training.libraries import (
     random_state_put_back,
 )
 from lora_squeeze.training.sft_checkpoints import checkpoint_folder, last_checkpoint, remove_checkpoints
-from lora_squeeze.training.sft_method import as_plain_lora, controller_callback, method_config
+from lora_squeeze.training.sft_method import as_plain_lora, controller_callback, method_config, train_at_own_rates
 from lora_squeeze.training.sft_settings import TrainSettings
 
 TRAINING_NAME = "training.json"
@@ -102,9 +102,11 @@ def train(settings: TrainSettings, report: Report | None = None) -> Trained:
         with checkpoint_folder(settings, keep=plan.checkpoint is not None):
             model, squeezes = _model(settings)
             trainer = _trainer(settings, plan, model, report)
+            if settings.method is not None:
+                train_at_own_rates(trainer, _STUDENT)
             trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
             log = trainer.state.log_history
-            plain = None if settings.method is None else as_plain_lora(settings, trainer.model, _STUDENT)
+            plain = None if settings.method is None else as_plain_lora(settings, trainer, _STUDENT)
             if plain is not None:
                 squeezes = [_told(plan.steps, plain)]
             trained = Trained(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.training.sft_settings import TrainSettings
 
 _FOLDER = "trained-method"
+_FIXING_BATCHES = 32
 
 
 def method_config(settings: TrainSettings, targets: str | list[str]) -> Any:
@@ -80,14 +82,32 @@ def controller_callback(settings: TrainSettings) -> Any:
     return None if settings.method is None else ControllerCallback()
 
 
-def as_plain_lora(settings: TrainSettings, model: Any, adapter: str) -> Adapter:
+def train_at_own_rates(trainer: Any, adapter: str) -> None:
+    """Give the trainer an optimiser with the learning rates that the method asks for."""
+    from lora_squeeze.methods.control import parameter_groups
+
+    args = trainer.args
+    groups = parameter_groups(trainer.model, args.learning_rate, weight_decay=args.weight_decay, adapter=adapter)
+    if len(groups) > 1:
+        kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+        trainer.optimizer = kind(groups, **options)
+
+
+def as_plain_lora(settings: TrainSettings, trainer: Any, adapter: str) -> Adapter:
     """The trained update as a plain LoRA at the target rank, lazily: its files stay beside the checkpoints.
+
+    An update that depends on the input is fixed first, at its mean over the first training batches.
 
     Raises:
         LoraSqueezeError: the method's update cannot be read as a LoRA.
     """
     from lora_squeeze.sources import open_source
 
+    model = trainer.model
+    if not getattr(model.peft_config[adapter], "static", True):
+        from lora_squeeze.methods.adapters.queryable_lora import fix_routes
+
+        fix_routes(model, islice(trainer.get_train_dataloader(), _FIXING_BATCHES), adapter)
     folder = settings.checkpoints / _FOLDER
     model.save_pretrained(folder, selected_adapters=[adapter], save_embedding_layers=False)
     found = open_source(folder, base=_base(settings))

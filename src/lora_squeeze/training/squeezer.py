@@ -14,7 +14,7 @@ One call per optimiser step does all of it:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -39,6 +39,7 @@ from lora_squeeze.training.inplace import (
 )
 from lora_squeeze.training.learning_rate import restart_each_stage
 from lora_squeeze.training.live import LiveModule, live_modules, only_adapter
+from lora_squeeze.training.other_method import AnyModule, is_other, modules_of
 from lora_squeeze.training.resume import follow_loaded_ranks
 from lora_squeeze.training.statistics import Statistics
 
@@ -96,7 +97,7 @@ class Squeezer:
         self.allocate = allocate
         self.steps_done = 0
         self.history: list[dict[str, Any]] = []
-        modules = live_modules(model, self.adapter)
+        modules = modules_of(model, self.adapter)
         check_request(modules, optimizer, optimizer_state, in_place)
         if state is None:
             self._check_schedule(modules)
@@ -106,6 +107,8 @@ class Squeezer:
         if learning_rate == "restart":
             restart_each_stage(scheduler, schedule)
         wants_loss = isinstance(schedule, Adaptive) and schedule.loss is not None
+        if (data_aware or wants_loss) and is_other(model, self.adapter):
+            raise LoraSqueezeError("statistics of the data are those of LoRA layers; squeeze this adapter without them")
         self.data_aware = data_aware
         self.statistics = Statistics(model, self.adapter) if data_aware or wants_loss else None
         self._following = follow_loaded_ranks(model, self.adapter, lambda: self.optimizer)
@@ -115,7 +118,7 @@ class Squeezer:
     @property
     def rank(self) -> int:
         """The largest rank of any module now, as PEFT counts it."""
-        return max(m.rank() * m.step for m in live_modules(self.model, self.adapter))
+        return max(m.rank() * m.step for m in modules_of(self.model, self.adapter))
 
     @property
     def target_rank(self) -> int:
@@ -164,7 +167,7 @@ class Squeezer:
 
     def plain_state(self) -> dict[str, Any]:
         """The state without the statistics, ready for JSON."""
-        modules = live_modules(self.model, self.adapter)
+        modules = modules_of(self.model, self.adapter)
         return {
             "steps_done": self.steps_done,
             "schedule": _described(self.schedule),
@@ -206,7 +209,7 @@ class Squeezer:
         if self.statistics is not None:
             self.statistics.synchronise()
             moments = self.statistics.moments()
-        scales = {m.path: m.scale for m in live_modules(self.model, self.adapter)}
+        scales = {m.path: m.scale for m in modules_of(self.model, self.adapter) if isinstance(m, LiveModule)}
         done = squeeze_(
             self.model,
             optimizer=self.optimizer,
@@ -254,11 +257,12 @@ class Squeezer:
             return float(self.loss())
 
     def _adaptive_ranks(self, schedule: Adaptive) -> dict[str, int] | None:
-        modules = live_modules(self.model, self.adapter)
+        modules = modules_of(self.model, self.adapter)
         if schedule.met(_bare(modules), self.budgets[-1]):
             return None
         updates = [module.update() for module in modules]
-        units = units_of(modules, updates, decomposed([module.name for module in modules], updates))
+        spectra = [item.S for item in decomposed([module.name for module in modules], updates)]
+        units = units_of(modules, [update.rank for update in updates], spectra)
         curves = None
         if schedule.loss is not None and self.statistics is not None:
             self.statistics.synchronise()
@@ -269,7 +273,7 @@ class Squeezer:
             return None
         return {m.name: k * m.step for k, (_, members) in zip(chosen, units, strict=True) for m in members}
 
-    def _check_schedule(self, modules: list[LiveModule]) -> None:
+    def _check_schedule(self, modules: Sequence[AnyModule]) -> None:
         top = max(m.width * m.step for m in modules)
         if isinstance(self.schedule, Adaptive):
             if self.schedule.rank > top:
@@ -281,6 +285,8 @@ class Squeezer:
             )
 
     def _above_target(self) -> bool:
+        if is_other(self.model, self.adapter):
+            return True
         modules = live_modules(self.model, self.adapter)
         if isinstance(self.schedule, Schedule) and self.allocate == "uniform":
             return any(m.rank() > max(1, self.target_rank // m.step) for m in modules)
@@ -299,7 +305,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _bare(modules: list[LiveModule]) -> list[Unit]:
+def _bare(modules: Sequence[AnyModule]) -> list[Unit]:
     """What shares a rank, with present ranks and costs but without spectra."""
     return [
         Unit(name, max(m.rank() for m in members), [], sum(m.cost for m in members), 1, max(m.step for m in members))
@@ -307,7 +313,7 @@ def _bare(modules: list[LiveModule]) -> list[Unit]:
     ]
 
 
-def _budgets(modules: list[LiveModule], schedule: Schedule | Adaptive) -> list[int]:
+def _budgets(modules: Sequence[AnyModule], schedule: Schedule | Adaptive) -> list[int]:
     """Numbers in all factors at each rank of the schedule, taken at the source ranks: later these are gone."""
     units = _bare(modules)
     if isinstance(schedule, Adaptive):

@@ -36,22 +36,25 @@ _TASKS = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 # Rank of the update of one of PEFT's layers; methods that are not here have full rank.
-_RANKS: dict[str, Callable[[Any], int]] = {
-    "ADAMSS": lambda layer: int(layer.adamss_newB[_ADAPTER].shape[0]),
-    "DEFT": lambda layer: int(layer.deft_P[_ADAPTER].shape[1]),
-    "FOURIERFT": lambda layer: 2 * int(layer.fourierft_spectrum[_ADAPTER].numel()),
-    "HRA": lambda layer: int(layer.hra_u[_ADAPTER].shape[1]),
-    "LORA": lambda layer: 2 * int(layer.r[_ADAPTER]),  # KaSA
-    "OSF": lambda layer: 2 * int(layer.osf_svd_params[_ADAPTER]["S_low"].numel()),
-    "PEANUT": lambda layer: int(layer.r[_ADAPTER]),
-    "PSOFT": lambda layer: int(layer.r[_ADAPTER]),
-    "PVERA": lambda layer: int(layer.pvera_lambda_d[_ADAPTER].numel()) // 2,
-    "SUPERTUNING": lambda layer: layer.supertuning_values[_ADAPTER].numel() + int(layer.supertuning_rank[_ADAPTER]),
-    "TINYLORA": lambda layer: int(layer.tinylora_A[_ADAPTER].shape[0]),
-    "TRAINABLE_TOKENS": lambda layer: len(layer.token_indices[_ADAPTER]),
-    "UNILORA": lambda layer: int(layer.r[_ADAPTER]),
-    "VERA": lambda layer: int(layer.vera_lambda_d[_ADAPTER].numel()),
-    "WAVEFT": lambda layer: int(layer.waveft_spectrum[_ADAPTER].numel()),
+_RANKS: dict[str, Callable[[Any, str], int]] = {
+    "ADALORA": lambda layer, name: int(layer.lora_E[name].shape[0]),
+    "ADAMSS": lambda layer, name: int(layer.adamss_newB[name].shape[0]),
+    "DEFT": lambda layer, name: int(layer.deft_P[name].shape[1]),
+    "FOURIERFT": lambda layer, name: 2 * int(layer.fourierft_spectrum[name].numel()),
+    "HRA": lambda layer, name: int(layer.hra_u[name].shape[1]),
+    "LOHA": lambda layer, name: int(layer.r[name]) ** 2,
+    "LORA": lambda layer, name: 2 * int(layer.r[name]),  # KaSA
+    "OSF": lambda layer, name: 2 * int(layer.osf_svd_params[name]["S_low"].numel()),
+    "PEANUT": lambda layer, name: int(layer.r[name]),
+    "PSOFT": lambda layer, name: int(layer.r[name]),
+    "PVERA": lambda layer, name: int(layer.pvera_lambda_d[name].numel()) // 2,
+    "SUPERTUNING": lambda layer, name: layer.supertuning_values[name].numel() + int(layer.supertuning_rank[name]),
+    "TINYLORA": lambda layer, name: int(layer.tinylora_A[name].shape[0]),
+    "TRAINABLE_TOKENS": lambda layer, name: len(layer.token_indices[name]),
+    "UNILORA": lambda layer, name: int(layer.r[name]),
+    "VBLORA": lambda layer, name: int(layer.r[name]),
+    "VERA": lambda layer, name: int(layer.vera_lambda_d[name].numel()),
+    "WAVEFT": lambda layer, name: int(layer.waveft_spectrum[name].numel()),
 }
 _MOVES_BIAS = ("ADAMSS", "GLORA", "IA3", "ROAD")
 _TOLERANCE = 1e-5  # share of |W| + |dW| that may lie beyond the rank: some methods compute in float32
@@ -67,12 +70,14 @@ class LiveLayer:
         layer: PEFT's.
         weight: of the base model as it was before.
         moves_bias: the bias of the layer changes too.
+        adapter: name of the adapter.
     """
 
     module: Module
     layer: Any
     weight: Tensor
     moves_bias: bool
+    adapter: str = _ADAPTER
 
     @property
     def tolerance(self) -> float:
@@ -113,7 +118,7 @@ class LiveLayer:
     def _merged(self) -> Any:
         layer = copy.deepcopy(self.layer).double()
         with torch.no_grad():
-            layer.merge(safe_merge=False, adapter_names=[_ADAPTER])
+            layer.merge(safe_merge=False, adapter_names=[self.adapter])
         return layer.get_base_layer()
 
 
@@ -162,13 +167,28 @@ def layers(folder: Path, base: Base, row: Row, config: Mapping[str, Any], dtype:
             name = path.removeprefix(PREFIX).replace(".token_adapter", "")
             if f"{name}.weight" in missing:
                 raise LoraSqueezeError(f"{name}: the base model has no such weight; give the one it was trained on")
-            found[name] = _live(name, layer, original[name], row, dtype)
+            found[name] = live_layer(name, layer, original[name], row, dtype)
     if not found:
         raise LoraSqueezeError(f"{folder}: PEFT put no layer on this base model; give the one it was trained on")
     return found
 
 
-def _live(name: str, layer: Any, weight: Tensor, row: Row, dtype: torch.dtype) -> LiveLayer:
+def live_layer(
+    name: str, layer: Any, weight: Tensor, row: Row, dtype: torch.dtype, adapter: str = _ADAPTER
+) -> LiveLayer:
+    """What one of PEFT's layers does to a weight.
+
+    Args:
+        name: of the layer in the base model.
+        layer: PEFT's.
+        weight: of the base model, without updates.
+        row: the method.
+        dtype: of the adapter's numbers.
+        adapter: its name.
+
+    Raises:
+        LoraSqueezeError: a quantised weight, or a layer whose update is no LoRA.
+    """
     inner = layer.get_base_layer()
     if not weight.is_floating_point() or weight.element_size() == 1:
         raise LoraSqueezeError(f"{name}: the base model is quantised here; give it in 16 or 32 bits")
@@ -182,7 +202,7 @@ def _live(name: str, layer: Any, weight: Tensor, row: Row, dtype: torch.dtype) -
     low = _RANKS.get(row.peft_type, _own_rank)
     if row.peft_type == "MISS" and layer.miss_fn != "bat":
         low = _miss_rank
-    rank = min(low(layer) or out, out, columns)
+    rank = min(low(layer, adapter) or out, out, columns)
     kind: Kind = "embedding" if isinstance(inner, nn.Embedding) else "conv" if weight.dim() > 2 else "linear"
     module = Module(
         name=name,
@@ -198,16 +218,16 @@ def _live(name: str, layer: Any, weight: Tensor, row: Row, dtype: torch.dtype) -
     )
     moves = row.peft_type in _MOVES_BIAS or getattr(layer, "moves_bias", False)
     moves = moves and getattr(inner, "bias", None) is not None
-    return LiveLayer(module, layer, weight, moves)
+    return LiveLayer(module, layer, weight, moves, adapter)
 
 
-def _own_rank(layer: Any) -> int:
+def _own_rank(layer: Any, name: str) -> int:
     """Of a layer of this package; 0 where there is no bound below full rank."""
-    return int(getattr(layer, "update_rank", None) or 0)
+    return int(getattr(layer.deltas[name], "rank", None) or 0) if hasattr(layer, "deltas") else 0
 
 
-def _miss_rank(layer: Any) -> int:
-    return int(layer.miss_block[_ADAPTER].shape[0])
+def _miss_rank(layer: Any, name: str) -> int:
+    return int(layer.miss_block[name].shape[0])
 
 
 def check_groups(name: str, layer: nn.Module) -> None:

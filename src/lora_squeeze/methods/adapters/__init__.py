@@ -12,6 +12,7 @@ from lora_squeeze.methods.adapters.queryable_lora import QueryableConfig as Quer
 from lora_squeeze.methods.adapters.randlora_ranks import RandLoraRanksConfig as RandLoraRanksConfig
 from lora_squeeze.methods.adapters.sara import SaraConfig as SaraConfig
 from lora_squeeze.methods.adapters.snella import SnellaConfig as SnellaConfig
+from lora_squeeze.methods.adapters.snella_budget import SnellaController as SnellaController
 from lora_squeeze.methods.adapters.svfit import SvfitConfig as SvfitConfig
 from lora_squeeze.methods.adapters.tera import TeraConfig as TeraConfig
 from lora_squeeze.methods.adapters.wara import WaraConfig as WaraConfig

@@ -9,8 +9,8 @@ scalars a = 1, g = 1 and c = 0 besides. D (in, out) is made anew in every forwar
 mask is ever kept. The softmax is over the outputs j. n(D) has no gradient: what is left out stays as it is in this
 step, and may be among the largest in the next.
 
-How many entries remain is a number of each layer, stored with it: `sparsity` at the start, and then what a
-`SnellaBudget` gives the layer while training.
+How many entries remain is a number of each layer, stored with it: `sparsity` at the start, and with a
+`final_sparsity` what the method's controller gives the layer while training, see `snella_budget`.
 
 The authors' code keeps D |D|, their equation D max(|D| - t, 0) with t the largest |D| left out, 0 where none is. The
 code made their figures and is the default. t is taken by count here and not as a quantile: so the entries that remain
@@ -50,8 +50,14 @@ class SnellaConfig(AdapterConfig):
         dropout: share of the samples (the first dimension of the input) whose update is left out while training, the
             others count for more. Default 0; the authors have 0.1 for vision transformers.
         kernel: "snella", or "snell" without the softmax and its scalars.
-        sparsity: share of the entries of dW that are zero. Default 0, from where a `SnellaBudget` goes up; the authors
-            begin at 0 or 0.01. With "snell", which has no budget, 0.9 is usual.
+        sparsity: share of the entries of dW that are zero. Default 0; the authors begin at 0 or 0.01 where it rises.
+            With "snell", where it stays, 0.9 is usual.
+        final_sparsity: share of the entries of all updates together that are zero in the last round of the training, to
+            which the controller goes up; 0.2 to 0.8 is usual. Default None: each layer keeps its `sparsity`.
+        rounds: parts of the training, after each of which the entries are divided anew. Default 10; the authors have
+            one for each epoch.
+        warmup: rounds after the first with the budget of the start. Default 0.
+        cooldown: rounds before the last with the budget of the end. Default 0.
         shrink: what remains of an entry, "code" D |D| or "paper" D max(|D| - t, 0). The updates of the two differ in
             size, so the learning rates do.
     """
@@ -59,6 +65,10 @@ class SnellaConfig(AdapterConfig):
     r: int = 32
     kernel: str = "snella"
     sparsity: float = 0.0
+    final_sparsity: float | None = None
+    rounds: int = 10
+    warmup: int = 0
+    cooldown: int = 0
     shrink: str = "code"
 
     def __post_init__(self) -> None:
@@ -72,6 +82,13 @@ class SnellaConfig(AdapterConfig):
             raise ValueError(f"SNELLA has no scale, so alpha must be None, got {self.alpha}")
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        if self.final_sparsity is not None and not self.sparsity <= self.final_sparsity < 1:
+            raise ValueError(f"final_sparsity must be from sparsity to below 1, got {self.final_sparsity}")
+        if self.rounds < 1 or self.warmup < 0 or self.cooldown < 0:
+            raise ValueError(
+                f"rounds must be 1 or more, warmup and cooldown 0 or more, got {self.rounds}, {self.warmup} and "
+                f"{self.cooldown}"
+            )
 
 
 class SnellaDelta(Delta):

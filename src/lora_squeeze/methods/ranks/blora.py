@@ -56,6 +56,9 @@ class BloraConfig(AdapterConfig):
         warmup: first share of the steps, without quantisers; one step at least.
         settle: last share of the steps, with gates that are 0 or 1 as in eval mode and are not trained.
         activations: quantise the products with A, E and B too.
+        gates_lr: learning rate of the gates' logits in `parameter_groups`; from 6, one needs about 7 / gates_lr steps
+            of Adam to close.
+        ranges_lr: of the logarithms of the ranges.
         quantised: written by the training once the warm-up is over; given, quantisers act from the start.
     """
 
@@ -66,6 +69,8 @@ class BloraConfig(AdapterConfig):
     warmup: float = 0.1
     settle: float = 0.0
     activations: bool = False
+    gates_lr: float = 1e-2
+    ranges_lr: float = 1e-2
     quantised: bool = False
 
     def __post_init__(self) -> None:
@@ -80,6 +85,10 @@ class BloraConfig(AdapterConfig):
             raise ValueError(
                 f"warmup and settle are shares of the training, together at most 1, got {self.warmup} and {self.settle}"
             )
+
+    def own_settings(self, lr: float) -> dict[str, dict[str, Any]]:
+        """Gates and ranges."""
+        return {"q_(bits|ranks).*": {"lr": self.gates_lr}, "q_range.*": {"lr": self.ranges_lr}}
 
 
 class BloraDelta(FactorDelta):

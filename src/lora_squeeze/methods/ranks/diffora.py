@@ -63,6 +63,8 @@ class DifforaConfig(AdapterConfig):
         share_unselected: the layers that are not chosen share factors rather than having none.
         restart: the factors begin anew after the search; else they go on, with the gate in B, and shared
             ones with those of the first layer of the kind.
+        gates_lr: learning rate of the gates' logits in `parameter_groups`; the default, with its betas and weight
+            decay, is what searches of architectures use.
         chosen: names of the chosen layers, written by the training when the search is over.
     """
 
@@ -72,6 +74,7 @@ class DifforaConfig(AdapterConfig):
     warmup: float = 0.25
     share_unselected: bool = True
     restart: bool = True
+    gates_lr: float = 3e-3
     chosen: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -84,6 +87,10 @@ class DifforaConfig(AdapterConfig):
             raise ValueError(f"search must be a share above 0 and at most 1, got {self.search}")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup must be a share from 0 to 1, got {self.warmup}")
+
+    def own_settings(self, lr: float) -> dict[str, dict[str, Any]]:
+        """Gates."""
+        return {"a": {"lr": self.gates_lr, "betas": (0.5, 0.999), "weight_decay": 1e-3}}
 
 
 class DifforaDelta(FactorDelta):

@@ -63,6 +63,7 @@ class SoraConfig(AdapterConfig):
             controller then needs the optimiser.
         l1: weight of mean |g| in the loss. The authors' runs have 1e-3 and 10.
         gate_init: "ones" or "normal".
+        gates_lr: learning rate of the gates in `parameter_groups`; default that of A and B.
     """
 
     threshold: float | list[float] = 3e-4
@@ -70,6 +71,7 @@ class SoraConfig(AdapterConfig):
     times_lr: bool = False
     l1: float = 0.0
     gate_init: str = "ones"
+    gates_lr: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +84,10 @@ class SoraConfig(AdapterConfig):
             raise ValueError(f"gate_init must be one of {', '.join(_INITS)}, got {self.gate_init!r}")
         if self.l1 < 0:
             raise ValueError(f"l1 must be 0 or more, got {self.l1}")
+
+    def own_settings(self, lr: float) -> dict[str, dict[str, Any]]:
+        """Gates have no weight decay."""
+        return {"gate": {"lr": lr if self.gates_lr is None else self.gates_lr}}
 
     def thresholds(self) -> list[float]:
         """Of all stages."""

@@ -45,6 +45,14 @@ class AdapterConfig(PeftConfig):
         """Whether the update is the same for all inputs, so that it can be merged and converted."""
         return True
 
+    def own_settings(self, lr: float) -> dict[str, dict[str, Any]]:
+        """Of parameters that are not to be trained as the others are: pattern of the last part of the name -> settings.
+
+        Args:
+            lr: learning rate of the others.
+        """
+        return {}
+
     def __post_init__(self) -> None:
         parent: Any = super()
         parent.__post_init__()

@@ -55,13 +55,6 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @property
-    def update_rank(self) -> int | None:
-        """Bound of the rank of the active update, None where there is none below full rank."""
-        delta: Any = self.deltas[self.active_adapters[0]]
-        found: int | None = delta.rank
-        return found
-
-    @property
     def moves_bias(self) -> bool:
         """Whether an update changes the bias too."""
         return any(delta.moves_bias for delta in self.deltas.values())
