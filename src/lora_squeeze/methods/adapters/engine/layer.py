@@ -64,6 +64,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return type(self.get_base_layer()).__name__ == "Conv1D"
 
     def _weight(self) -> Tensor:
+        _unpack(self.get_base_layer())
         weight = self.get_base_weight()
         return weight.T if self._turned() else weight
 
@@ -136,6 +137,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """Let the base weight be changed in place; a quantised one is quantised anew."""
         if self.quantization_backend is None:
             return change(self._weight())
+        _unpack(self.get_base_layer())
         weight = self.get_base_weight()
         result = change(weight.T if self._turned() else weight)
         self.set_base_weight(weight)
@@ -170,6 +172,12 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"{self.adapter_layer_names[0].removesuffix('_delta')}.{super().__repr__()}"
+
+
+def _unpack(layer: Any) -> None:
+    """Where bitsandbytes has packed a 4-bit weight for inference on a CPU, which PEFT cannot read, take that back."""
+    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        layer.state_dict()  # does it, in place; the next forward pass packs again
 
 
 def features(layer: nn.Module) -> tuple[int, int] | None:
