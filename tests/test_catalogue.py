@@ -97,3 +97,19 @@ def test_an_unknown_method_is_refused(tmp_path: Path) -> None:
     refused = command(tmp_path, "methods", "nolla")
     assert refused.code == 1
     assert "no method 'nolla' in this catalogue; there are nola" in refused.err
+
+
+def test_a_name_that_peft_has_already_stays_its_own() -> None:
+    from peft import VeraConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils.peft_types import PeftType
+
+    from lora_squeeze.methods.adapters.engine import AdapterConfig, Delta, register
+
+    class Mine(AdapterConfig):
+        pass
+
+    register("vera", Mine, Delta)
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.VERA] is VeraConfig
+    with pytest.raises(ValueError, match="the PEFT installed has a method VERA of its own; use that"):
+        Mine()

@@ -39,6 +39,7 @@ class AdapterConfig(PeftConfig):
     init_weights: bool = True
     seed: int = 0
     method: ClassVar[str] = field(default="", init=False)  # set by `register`
+    taken: ClassVar[bool] = False  # by a method of PEFT's own
 
     @property
     def static(self) -> bool:
@@ -57,6 +58,9 @@ class AdapterConfig(PeftConfig):
         parent: Any = super()
         parent.__post_init__()
         from peft.utils.peft_types import PeftType
+
+        if self.taken:
+            raise ValueError(f"the PEFT installed has a method {self.method.upper()} of its own; use that")
 
         self.peft_type = PeftType(self.method.upper())
         for name in ("target_modules", "exclude_modules"):

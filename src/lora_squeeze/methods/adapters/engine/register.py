@@ -48,10 +48,14 @@ def register(name: str, config: type[AdapterConfig], delta: type[Delta]) -> None
 
     Notes:
         PEFT names its methods in an enumeration, to which the name is added, so that files say what they are. Import
-        the method's module before an adapter of it is loaded; `lora_squeeze.methods.adapters` imports them all.
+        the method's module before an adapter of it is loaded; `lora_squeeze.methods.adapters` imports them all. A
+        method that PEFT has under the same name stays PEFT's, and configuring ours is refused.
     """
-    _add_type(name.upper())
     config.method = name
+    config.taken = name.upper() in PeftType.__members__
+    if config.taken:
+        return
+    _add_type(name.upper())
     attribute = f"{name}_delta"
     layer = type(
         f"{delta.__name__}Layer", (DeltaLayer,), {"delta_class": delta, "adapter_layer_names": (attribute,)}
@@ -62,8 +66,6 @@ def register(name: str, config: type[AdapterConfig], delta: type[Delta]) -> None
 
 
 def _add_type(name: str) -> None:
-    if name in PeftType.__members__:
-        raise KeyError(f"PEFT has a method called {name} already")
     member: Any = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
     member._sort_order_ = len(PeftType.__members__)
