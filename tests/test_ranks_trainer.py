@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,3 +133,28 @@ def test_each_of_several_callbacks_finds_its_own_state() -> None:
         callback.on_train_begin(TrainingArguments(use_cpu=True), state, TrainerControl(), model=model)
         assert callback.controller is not None
         assert callback.controller.steps_done == steps
+
+
+@pytest.mark.parametrize("method", METHODS, ids=[method.name for method in METHODS])
+def test_training_without_the_controller_is_warned_of_once(method: Method) -> None:
+    def model() -> Any:
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.name.upper())]
+        return get_peft_model(llama(), config(r=4, target_modules=["q_proj"], **method.settings)).train()
+
+    def said(live: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            live(ids())
+        return [str(warning.message) for warning in found if "without its controller" in str(warning.message)]
+
+    alone, led = model(), model()
+    with torch.no_grad():
+        assert said(alone) == []
+    expected = [] if method.name == "matryoshka" else [f"so as something else than {method.name}: add"]
+    told = said(alone)
+    assert len(told) == len(expected)
+    assert all(words in message for words, message in zip(expected, told, strict=True))
+    assert said(alone) == []
+    controller = controller_for(led, STEPS)
+    assert said(led) == []
+    assert controller.steps_done == 0

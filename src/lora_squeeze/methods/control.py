@@ -19,6 +19,7 @@ alone: all processes of a distributed run draw the same, and a resumed run goes 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakValueDictionary
@@ -58,6 +59,7 @@ class Controller:
             raise LoraSqueezeError(f"total_steps must be a whole number from 1, got {total_steps}")
         self.model, self.total_steps, self.optimizer, self.adapter = model, total_steps, optimizer, adapter
         self.config: Any = _config(model, adapter)
+        self.config.controlled = True
         self.deltas: dict[str, Any] = deltas_of(model, adapter)
         self.steps_done = 0
         self.over = False
@@ -99,6 +101,11 @@ class Controller:
         """For what is drawn in the present step."""
         return seeded(self.config.seed, type(self).__name__, self.steps_done, *labels)
 
+    @staticmethod
+    def acts(config: Any) -> bool:
+        """Whether there is anything to do with this configuration."""
+        return True
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to hold beside model and optimiser: plain numbers and tensors."""
         return {"steps_done": self.steps_done, "total_steps": self.total_steps}
@@ -127,6 +134,21 @@ def controller_for(model: nn.Module, total_steps: int, optimizer: Any = None, ad
     made = CONTROLLERS.get(kind.lower(), Controller)(model, total_steps, optimizer, adapter)
     _AT_WORK[id(model), adapter] = made
     return made
+
+
+def warn_if_uncontrolled(config: Any, adapter: str) -> None:
+    """Warn, once for each adapter, that it is trained without the controller that its method needs."""
+    if getattr(config, "controlled", False):
+        return
+    config.controlled = True
+    kind = CONTROLLERS.get(config.method)
+    if kind is not None and kind.acts(config):
+        warnings.warn(
+            f"the adapter {adapter!r} is trained without its controller, so as something else than {config.method}: "
+            "add lora_squeeze.methods.callback.ControllerCallback() to the trainer, or call a controller_for(model, "
+            "total_steps, optimizer) in the loop",
+            stacklevel=3,
+        )
 
 
 def end_control(model: nn.Module, adapter: str = "default") -> None:

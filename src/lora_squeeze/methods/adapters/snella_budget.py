@@ -70,6 +70,11 @@ class SnellaController(Controller):
         self._means = [torch.zeros_like(factor, dtype=torch.float32) for factor in self._factors()]
         self._spreads = [torch.zeros_like(mean) for mean in self._means]
 
+    @staticmethod
+    def acts(config: Any) -> bool:
+        """Whether the budget moves."""
+        return config.final_sparsity is not None
+
     @property
     def sparsity(self) -> dict[str, float]:
         """Share of the entries that are zero, for each layer."""

@@ -12,6 +12,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from lora_squeeze.methods.adapters.engine.delta import Delta, Site
+from lora_squeeze.methods.control import warn_if_uncontrolled
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
@@ -157,9 +158,13 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """y = W x + b + sum of the updates of the active adapters."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        active: list[Any] = [self.deltas[name] for name in self.active_adapters if name in self.deltas]
+        names = [name for name in self.active_adapters if name in self.deltas]
         if self.disable_adapters or self.merged:
-            active = []
+            names = []
+        active: list[Any] = [self.deltas[name] for name in names]
+        if self.training and torch.is_grad_enabled():
+            for name, delta in zip(names, active, strict=True):
+                warn_if_uncontrolled(delta.config, name)
         if len(active) == 1 and active[0].replaces and self.quantization_backend is None:
             whole: Tensor = active[0].replaced(x, self.base_layer)
             return whole
