@@ -1,6 +1,7 @@
 """PEFT's other methods as plain LoRA: their updates are those of PEFT's own merge, and PEFT computes the same."""
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,3 +78,31 @@ def test_peft_computes_the_same_with_the_lora_that_is_written(source, name, tmp_
     effect = float((made.logits - outputs(made.base, made.method)).abs().max())
     error = float((outputs(on_base(made.method, tmp_path / "lora"), made.method) - made.logits).abs().max())
     assert error < TOLERANCE * effect + 1e-6 < 1e-2 * effect, f"{error:.1e} of {effect:.1e}"
+
+
+def test_a_classifier_is_built_with_the_labels_of_the_adapters_head(tmp_path: Path) -> None:
+    from peft import get_peft_model
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from lora_squeeze.base_model import open_base
+    from lora_squeeze.formats.peft_methods import load
+    from lora_squeeze.methods.adapters import LoraXsConfig
+
+    sizes = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertForSequenceClassification(BertConfig(**sizes)).save_pretrained(tmp_path / "base")  # two labels
+        five = BertForSequenceClassification.from_pretrained(
+            tmp_path / "base", num_labels=5, ignore_mismatched_sizes=True
+        )
+        model = get_peft_model(five, LoraXsConfig(r=3, target_modules=["query", "value"], task_type="SEQ_CLS"))
+        for name, parameter in model.named_parameters():
+            if "loraxs_delta" in name:
+                parameter.data.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    found = load(tmp_path / "adapter", base=open_base(str(tmp_path / "base")))
+    wanted = {name: m.get_delta_weight("default") for name, m in model.named_modules() if hasattr(m, "deltas")}
+    assert len(found.modules) == len(wanted) == 2
+    for name, dW in wanted.items():
+        lora = found.update(name.removeprefix("base_model.model."))
+        torch.testing.assert_close(lora.dense().to(dW), dW.detach(), rtol=1e-5, atol=1e-6)

@@ -18,7 +18,7 @@ from bench.claims.outcome import Finding, Outcome, Row
 from bench.machine import commit, machine
 from bench.tables import table
 
-_HELPERS = {"__main__", "outcome", "problems"}
+_HELPERS = {"__main__", "arms", "matrices", "networks", "outcome", "problems", "plain_text", "nested", "teacher"}
 
 
 def names() -> list[str]:

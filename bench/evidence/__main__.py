@@ -86,9 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", required=True, help=f"of {', '.join(tasks.names())}; or your own")
     parser.add_argument("--rows", type=Path, required=True, help="results: read, and added to")
     parser.add_argument("--rates", type=Path, nargs="*", default=[], help="other results, to take learning rates from")
-    parser.add_argument("--methods", nargs="+", choices=methods.METHODS, default=list(methods.DEFAULT_METHODS))
+    parser.add_argument("--methods", nargs="*", choices=methods.METHODS, default=list(methods.DEFAULT_METHODS))
     parser.add_argument(
-        "--peft", nargs="+", default=[], metavar="NAME{...}", help="methods of PEFT, such as 'VERA{\"r\": 256}'"
+        "--peft",
+        nargs="+",
+        default=[],
+        metavar="NAME{...}",
+        help="methods of PEFT or of lora_squeeze.methods, such as 'VERA{\"r\": 256}'; 'VERA b{\"r\": 64}' is another",
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 8, 4, 2, 1])
     parser.add_argument("--source-rank", type=int, default=64)

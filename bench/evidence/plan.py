@@ -25,7 +25,7 @@ class Asked:
         steps, batch: optimiser steps, and examples a step.
         examples: measured on, of the test or the validation data.
         store: folder for trained sources.
-        foreign: "peft:NAME" -> settings of PEFT's configuration.
+        foreign: "peft:NAME" -> settings of PEFT's configuration; words after the name tell several settings apart.
         rate: for every method, in place of the tuned ones.
     """
 
@@ -85,13 +85,18 @@ def _add(jobs: dict[str, Job], job: Job) -> None:
 
 def _arms(asked: Asked) -> Iterator[tuple[str, int]]:
     """Methods with a learning rate of their own, and ranks; neighbours in rank are near in rate."""
-    yield methods.SOURCE, asked.source_rank
+    if _has_source(asked):
+        yield methods.SOURCE, asked.source_rank
     for method in asked.methods:
         if method in methods.TRAINED:
             for rank in asked.ranks:
                 yield method, rank
     for method in asked.foreign:
         yield method, 0
+
+
+def _has_source(asked: Asked) -> bool:
+    return any(method == methods.SOURCE or methods.from_source(method) for method in asked.methods)
 
 
 def _guess(asked: Asked, rows: Sequence[Row], method: str, rank: int) -> float:
@@ -131,7 +136,8 @@ def _cell(asked: Asked, rows: Sequence[Row], task: str, seed: int) -> Iterator[J
         if methods.from_source(method)
         for rank in asked.ranks
     ]
-    yield job(*source, [(*source, rate(*source)), *derived])
+    if _has_source(asked):
+        yield job(*source, [(*source, rate(*source)), *derived])
     yield _job(asked, task, seed, "base", 0, 0.0, (("base", 0, None),), "final")
     for method in asked.methods:
         if not methods.from_source(method):

@@ -66,7 +66,7 @@ def configuration(name: str, options: Mapping[str, Any], learner: Learner) -> An
     """PEFT's configuration of a method, of its own or of this package.
 
     Args:
-        name: of the method, such as "VERA" or "NOLA".
+        name: of the method, such as "VERA" or "NOLA small", of which only the first word counts.
         options: further settings; target_modules is that of the learner unless given.
 
     Raises:
@@ -78,7 +78,8 @@ def configuration(name: str, options: Mapping[str, Any], learner: Learner) -> An
     import lora_squeeze.methods.ranks  # noqa: F401 (both register their methods with PEFT)
 
     known = {str(getattr(kind, "value", kind)): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if name.upper() not in known:
+    kind = name.split()[0].upper()
+    if kind not in known:
         raise SystemExit(f"PEFT has no method {name!r}; there are {', '.join(sorted(known))}")
     settings = {"target_modules": learner.targets, "task_type": learner.task_type, **options}
-    return known[name.upper()](**settings)
+    return known[kind](**settings)

@@ -129,9 +129,8 @@ def _read(
         modules, factors = _known(file, shapes, config, row, base)
         source, biases = Computed(file, factors), dict[str, Extra]()
     else:
-        layers = with_base.layers(
-            folder, base, row, config, _dtype([key for key in shapes if _is_own(key, row)], shapes)
-        )
+        dtype = _dtype([key for key in shapes if _is_own(key, row)], shapes)
+        layers = with_base.layers(folder, base, row, config, dtype, _labels(shapes, config))
         moves = any(layer.moves_bias for layer in layers.values())  # then PEFT looks for a bias of every B
         modules = {n: replace(each.module, floor=int(moves)) for n, each in layers.items()}
         moved = {f"{PREFIX}{name}.lora_B.bias": layer for name, layer in layers.items() if moves}
@@ -145,6 +144,19 @@ def _read(
     kept["target_modules"] = sorted(modules)
     modules, extras = _carried(shapes, config, row, modules)
     return Parts(modules, source, {**extras, **biases}, kept)
+
+
+def _labels(shapes: Shapes, config: Mapping[str, Any]) -> int | None:
+    """Of a classifier: how many there are, by the new head that is saved with the adapter."""
+    heads = set(config.get("modules_to_save") or ())
+    if config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+        return None
+    rows = [
+        shape[0]
+        for key, (_, shape) in shapes.items()
+        if len(shape) == 2 and key.endswith(".weight") and heads & set(key.split("."))
+    ]
+    return min(rows, default=None)
 
 
 def _known(

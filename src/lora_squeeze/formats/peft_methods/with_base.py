@@ -131,7 +131,9 @@ def at_rank(dW: Float[Tensor, "out in"], rank: int) -> Pair:
     return Q @ (U[:, :rank] * S[:rank].sqrt()), S[:rank, None].sqrt() * Vh[:rank]
 
 
-def layers(folder: Path, base: Base, row: Row, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, LiveLayer]:
+def layers(
+    folder: Path, base: Base, row: Row, config: Mapping[str, Any], dtype: torch.dtype, labels: int | None = None
+) -> dict[str, LiveLayer]:
     """The layers of an adapter on its base model, by module name.
 
     Args:
@@ -140,6 +142,7 @@ def layers(folder: Path, base: Base, row: Row, config: Mapping[str, Any], dtype:
         row: the method.
         config: adapter_config.json.
         dtype: of the adapter's numbers.
+        labels: of a classifier that is built; default those of the base model's configuration.
 
     Raises:
         LoraSqueezeError: PEFT or transformers are missing or cannot do it, with their reason.
@@ -158,7 +161,7 @@ def layers(folder: Path, base: Base, row: Row, config: Mapping[str, Any], dtype:
     if row.peft_type in adapter_entries():
         import lora_squeeze.methods.adapters
         import lora_squeeze.methods.ranks  # noqa: F401 (both register their methods with PEFT)
-    model, missing = (base, set[str]()) if isinstance(base, nn.Module) else _build(base.name, config)
+    model, missing = (base, set[str]()) if isinstance(base, nn.Module) else _build(base.name, config, labels)
     original = {name: module.weight.detach() for name, module in model.named_modules() if _has_weight(module)}
     adapted = _adapted(model, folder, row)
     found = {}
@@ -260,19 +263,23 @@ def _is_tokens(layer: object) -> bool:
     return isinstance(layer, TrainableTokensLayer)
 
 
-def _build(name: str, config: Mapping[str, Any]) -> tuple[nn.Module, set[str]]:
+def _build(name: str, config: Mapping[str, Any], labels: int | None) -> tuple[nn.Module, set[str]]:
     """The base model as the class that the adapter was trained on, and its tensors that no file has."""
     import transformers
 
     told = config.get("auto_mapping") or {}
     try:
         # First, since a model's class without a configuration is its default, in full size.
-        settings = transformers.AutoConfig.from_pretrained(name)
+        settings = transformers.AutoConfig.from_pretrained(name, **({} if labels is None else {"num_labels": labels}))
         kind = str(told.get("base_model_class") or _TASKS.get(str(config.get("task_type")), ""))
         kind = kind or (settings.architectures or ["AutoModel"])[0]
         model: nn.Module
         model, loading = getattr(transformers, kind).from_pretrained(
-            name, config=settings, dtype="auto", output_loading_info=True
+            name,
+            config=settings,
+            dtype="auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=labels is not None,  # the base model's own head, in whose place the saved one is
         )
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise LoraSqueezeError(
