@@ -16,9 +16,9 @@ from torch.nn import functional
 
 import lora_squeeze
 from lora_squeeze.formats.peft_methods import load
-from lora_squeeze.methods.control import controller_for
+from lora_squeeze.methods.control import controller_for, parameter_groups
 from lora_squeeze.methods.ranks import BloraConfig
-from lora_squeeze.methods.ranks.blora import found, parameter_groups
+from lora_squeeze.methods.ranks.blora import found
 from lora_squeeze.methods.ranks.blora_gates import Quantizer, on_grid, open_probability, sampled, settled
 
 BLORA = METHODS["blora"]
@@ -31,7 +31,8 @@ def config(**more: Any) -> BloraConfig:
 
 def fast(model: nn.Module) -> torch.optim.Optimizer:
     """Gates that move far within the few steps of a test."""
-    return torch.optim.AdamW(parameter_groups(model, lr=2e-2, gates_lr=0.3), lr=2e-2)
+    first, gates, ranges = parameter_groups(model, lr=2e-2)
+    return torch.optim.AdamW([first, {**gates, "lr": 0.3}, ranges])
 
 
 def tensor(*shape: int, seed: int = 0) -> Tensor:
@@ -296,13 +297,13 @@ def test_in_the_last_steps_gates_stand_still() -> None:
 
 
 def test_groups_hold_every_trained_number_once() -> None:
-    model = adapted(BLORA, modules_to_save=["head"])
-    groups = parameter_groups(model, lr=1e-4, gates_lr=0.1, ranges_lr=0.2)
+    model = adapted(BLORA, modules_to_save=["head"], gates_lr=0.1, ranges_lr=0.2)
+    groups = parameter_groups(model, lr=1e-4, weight_decay=0.3)
     held = [id(p) for group in groups for p in group["params"]]
     assert len(held) == len(set(held))
     assert set(held) == {id(p) for p in model.parameters() if p.requires_grad}
     assert [group["lr"] for group in groups] == [1e-4, 0.1, 0.2]
-    assert [group.get("weight_decay") for group in groups] == [None, 0.0, 0.0]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0, 0.0]
     assert [sum(p.numel() for p in group["params"]) for group in groups[1:]] == [4 * (3 * 3 + 2), 4 * 3]
 
 

@@ -16,14 +16,13 @@ from torch.nn import functional
 import lora_squeeze
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.peft_methods import load
-from lora_squeeze.methods.control import controller_for
+from lora_squeeze.methods.control import controller_for, parameter_groups
 from lora_squeeze.methods.ranks import DifforaConfig
 from lora_squeeze.methods.ranks.diffora import (
     choose,
     factors,
     kind_and_block,
     lora_config,
-    parameter_groups,
 )
 
 DIFFORA = METHODS["diffora"]
@@ -34,7 +33,8 @@ def config(**more: Any) -> DifforaConfig:
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameter_groups(model, lr=2e-2, gates_lr=5e-2), lr=2e-2)
+    first, gates = parameter_groups(model, lr=2e-2)
+    return torch.optim.AdamW([first, {**gates, "lr": 5e-2}])
 
 
 def plain(model: Any) -> Any:
@@ -278,8 +278,8 @@ def test_layers_chosen_before_leave_the_others_sharing() -> None:
 
 
 def test_groups_hold_every_trained_number_once_and_gates_have_the_settings_of_searches() -> None:
-    model = adapted(DIFFORA, modules_to_save=["head"])
-    rest, gates = parameter_groups(model, lr=1e-4, gates_lr=0.1)
+    model = adapted(DIFFORA, modules_to_save=["head"], gates_lr=0.1)
+    rest, gates = parameter_groups(model, lr=1e-4)
     assert {id(p) for p in gates["params"]} == {id(layer.deltas["default"].a) for layer in layers(model).values()}
     held = {id(p) for p in [*rest["params"], *gates["params"]]}
     assert held == {id(p) for p in model.parameters() if p.requires_grad}

@@ -15,9 +15,9 @@ from torch.nn import functional
 import lora_squeeze
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.peft_methods import load
-from lora_squeeze.methods.control import controller_for
+from lora_squeeze.methods.control import controller_for, parameter_groups
 from lora_squeeze.methods.ranks import SoraConfig
-from lora_squeeze.methods.ranks.sora import parameter_groups, shrunk
+from lora_squeeze.methods.ranks.sora import shrunk
 
 SORA = METHODS["sora"]
 
@@ -31,7 +31,8 @@ def kept(controller: Any) -> dict[str, int]:
 
 
 def grouped(model: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameter_groups(model, 2e-2, gate_lr=1e-2))
+    first, gates = parameter_groups(model, 2e-2)
+    return torch.optim.AdamW([first, {**gates, "lr": 1e-2}])
 
 
 def test_the_soft_threshold_is_the_proximal_minimum() -> None:
@@ -189,8 +190,8 @@ def test_thresholds_follow_each_other_over_the_training() -> None:
 
 
 def test_the_threshold_follows_the_learning_rate_of_the_gates() -> None:
-    model = get_peft_model(net(), config(threshold=2.0, times_lr=True))
-    optimizer = torch.optim.SGD(parameter_groups(model, 1.0, gate_lr=0.01))
+    model = get_peft_model(net(), config(threshold=2.0, times_lr=True, gates_lr=0.01))
+    optimizer = torch.optim.SGD(parameter_groups(model, 1.0))
     controller = controller_for(model, 5, optimizer)
     gate = controller.deltas["blocks.0.wide"].gate
     controller.after_step()
@@ -209,13 +210,13 @@ def test_without_the_gates_optimiser_there_is_no_learning_rate(other: str | None
 
 
 def test_groups_have_every_trained_number_once_and_gates_no_decay() -> None:
-    model = get_peft_model(net(), config(modules_to_save=["head"]))
-    rest, gates = parameter_groups(model, 0.1, gate_lr=0.3, weight_decay=0.2)
+    model = get_peft_model(net(), config(modules_to_save=["head"], gates_lr=0.3))
+    rest, gates = parameter_groups(model, 0.1, weight_decay=0.2)
     assert (rest["lr"], rest["weight_decay"], gates["lr"], gates["weight_decay"]) == (0.1, 0.2, 0.3, 0.0)
     assert {p.shape for p in gates["params"]} == {(6,)}
     found = [id(p) for p in [*rest["params"], *gates["params"]]]
     assert sorted(found) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    assert parameter_groups(model, 0.1)[1]["lr"] == 0.1
+    assert parameter_groups(get_peft_model(net(), config()), 0.1)[1]["lr"] == 0.1
 
 
 def test_drawn_gates_depend_on_the_seed() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,16 @@ from adapters_cases import drawn_from
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import PeftType
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import lora_squeeze
 import lora_squeeze.methods.ranks
 from lora_squeeze.formats.peft_methods import load
 from lora_squeeze.methods.callback import ControllerCallback
-from lora_squeeze.methods.control import controller_for
-from lora_squeeze.methods.ranks import blora, diffora, sora
+from lora_squeeze.methods.control import controller_for, parameter_groups
 
 STEPS, CUT = 8, 4
-
-
-def _one_group(model: nn.Module, lr: float) -> Any:
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 @dataclass(frozen=True)
@@ -38,28 +32,27 @@ class Method:
     Args:
         name: as registered.
         settings: of its configuration, beside r and the targets.
-        groups: parameter groups for an optimiser, from a model and a learning rate.
+        decay: weight decay.
     """
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
-    groups: Callable[[nn.Module, float], Any] = _one_group
+    decay: float = 0.0
 
 
 METHODS = [
     Method("maestro", {"lasso": 1e-3, "threshold": 0.005, "shrinks": 4}),
     Method(
         "blora",
-        {"gates": 0.0, "warmup": 0.25, "penalty": 0.1},
-        lambda model, lr: blora.parameter_groups(model, lr, gates_lr=0.5),
+        {"gates": 0.0, "warmup": 0.25, "penalty": 0.1, "gates_lr": 0.5},
     ),
-    Method("diffora", {"search": 0.7}, diffora.parameter_groups),
+    Method("diffora", {"search": 0.7}),
     Method("dylora"),
     Method("matryoshka"),
     Method(
         "sora",
-        {"gate_init": "normal", "threshold": [0.5, 2.0], "times_lr": True, "l1": 0.1},
-        lambda model, lr: sora.parameter_groups(model, lr, gate_lr=3 * lr, weight_decay=0.1),
+        {"gate_init": "normal", "threshold": [0.5, 2.0], "times_lr": True, "l1": 0.1, "gates_lr": 3e-2},
+        decay=0.1,
     ),
     Method("trp", {"period": 3, "energy": 0.8}),
     Method("trp", {"form": "factors", "period": 3, "energy": 0.8}),
@@ -91,7 +84,7 @@ def trained(method: Method, folder: Path, checkpoint: Path | None = None) -> Any
         gradient_accumulation_steps=2, save_strategy="steps", save_steps=CUT, report_to=[], use_cpu=True,
         disable_tqdm=True, logging_strategy="no", remove_unused_columns=False,
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(method.groups(model, 1e-2), lr=1e-2)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-2, weight_decay=method.decay))
     data: Any = [{"input_ids": row, "labels": row} for row in ids()]
     trainer = Trainer(model, args, train_dataset=data, callbacks=[ControllerCallback()], optimizers=(optimizer, None))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

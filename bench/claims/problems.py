@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_squeeze.methods.control import controller_for
+from lora_squeeze.methods.control import controller_for, parameter_groups
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -19,7 +19,6 @@ def fit(
     batches: Sequence[Any],
     rate: float,
     *,
-    groups: list[dict[str, Any]] | None = None,
     controlled: bool = True,
     decay: float = 0.0,
 ) -> list[float]:
@@ -30,12 +29,12 @@ def fit(
         loss: of model and batch.
         batches: one for each step; the same one many times for a problem without noise.
         rate: the first learning rate.
-        groups: the optimiser's, where parameters have rates of their own.
-        controlled: whether the model is PEFT's, so that its method's controller runs.
+        controlled: whether the model is PEFT's, so that its method's controller and its own rates are used.
         decay: weight decay, as AdamW's.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(groups or trained, lr=rate, weight_decay=decay)
+    groups = parameter_groups(model, rate, weight_decay=decay) if controlled else trained
+    optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     controller = controller_for(model, len(batches), optimizer) if controlled else None
     model.train()

@@ -11,7 +11,7 @@ values seen; ranges and gates are trained with the rest, gates drawn once for ea
 steps of a training if `settle` says so, each gate is 0 or 1. The gates need learning rates of their own and no weight
 decay, or they move too little to close:
 
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4), lr=1e-4)
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4))
 
 Ours, where the authors do otherwise: they begin with A and B ~ N(0, 0.02) and E ~ N(0, 1), not with the base model's
 function; they learn the coarsest step, here it is the logarithm of the range; and they also quantise base weight and
@@ -241,28 +241,6 @@ class BloraController(Controller):
     def _draws(self) -> bool:
         unsettled = self.steps_done < steps_of(1 - self.config.settle, self.total_steps)
         return bool(self.config.quantised) and unsettled
-
-
-def parameter_groups(
-    model: nn.Module, lr: float, gates_lr: float = 1e-2, ranges_lr: float = 1e-2
-) -> list[dict[str, Any]]:
-    """Groups for an optimiser: all that is trained with lr, gates and ranges with rates of their own and no decay.
-
-    Args:
-        model: a PEFT model.
-        lr: of factors, heads and the like.
-        gates_lr: of the gates' logits; from 6, one needs about 7 / gates_lr steps of Adam to close.
-        ranges_lr: of the logarithms of the ranges.
-    """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    ranges = [p for name, p in trained.items() if ".q_range" in name]
-    gates = [p for name, p in trained.items() if ".q_bits" in name or ".q_ranks" in name]
-    rest = [p for name, p in trained.items() if ".q_" not in name]
-    return [
-        {"params": rest, "lr": lr},
-        {"params": gates, "lr": gates_lr, "weight_decay": 0.0},
-        {"params": ranges, "lr": ranges_lr, "weight_decay": 0.0},
-    ]
 
 
 @dataclass(frozen=True)

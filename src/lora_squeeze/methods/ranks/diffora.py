@@ -20,7 +20,7 @@ result as a configuration of PEFT's own LoRA: to train that elsewhere, end the s
 
 The gates need a learning rate of their own:
 
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4), lr=1e-4)
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4))
 
 The authors have published no code. Ours: the sigmoid, one gate for each layer, the schedule, beginning anew, the form
 of sharing, all default values; sure are the binary matrix of layers and kinds, its relaxation, and the two levels.
@@ -271,26 +271,6 @@ def factors(model: nn.Module, adapter: str = "default") -> dict[str, tuple[Tenso
     return {
         name: (delta.B.detach().clone(), delta.A.detach().clone()) for name, delta in deltas.items() if not delta.idle
     }
-
-
-def parameter_groups(model: nn.Module, lr: float, gates_lr: float = 3e-3) -> list[dict[str, Any]]:
-    """Groups for Adam or AdamW: all that is trained with lr, the gates with what searches of architectures use.
-
-    Args:
-        model: a PEFT model.
-        lr: of factors, heads and the like.
-        gates_lr: of the gates' logits.
-    """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [
-        {"params": [p for name, p in trained if not _is_gate(name)], "lr": lr},
-        {"params": [p for name, p in trained if _is_gate(name)], "lr": gates_lr, "betas": (0.5, 0.999),
-         "weight_decay": 1e-3},
-    ]  # fmt: skip
-
-
-def _is_gate(name: str) -> bool:
-    return "diffora_delta." in name and name.endswith(".a")
 
 
 def _over(model: nn.Module, adapter: str) -> tuple[Any, dict[str, DifforaDelta]]:

@@ -14,7 +14,8 @@ constant, and two more things the paper does not have: after the step it also ze
 (`threshold_mode="official"`), and it adds l1 * mean |g| of all gates to the loss. A list of rising thresholds is the
 paper's schedule: one after another, each for an equal part of the training.
 
-In the authors' code, gates have an optimiser of their own, without weight decay:
+In the authors' code, gates have an optimiser of their own, without weight decay; `control.parameter_groups` gives them
+`gates_lr` and none:
 
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=8e-4, weight_decay=0.1))
 
@@ -42,7 +43,7 @@ from torch.nn import functional
 
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.methods.adapters.engine import AdapterConfig, FactorDelta, Site, register
-from lora_squeeze.methods.control import Controller, controlled_by, deltas_of
+from lora_squeeze.methods.control import Controller, controlled_by
 from lora_squeeze.methods.ranks.parts import add_gradient, lora_pair
 
 _MODES = ("soft", "official")
@@ -167,27 +168,6 @@ class SoraController(Controller):
         raise LoraSqueezeError(
             "times_lr takes the gates' learning rate from the optimiser; give the one that trains them"
         )
-
-
-def parameter_groups(
-    model: nn.Module, lr: float, *, gate_lr: float | None = None, weight_decay: float = 0.0, adapter: str = "default"
-) -> list[dict[str, Any]]:
-    """All that a model trains as two groups for an optimiser: the gates, and the rest.
-
-    Args:
-        model: a PEFT model with SoRA.
-        lr: of the rest, a new head included.
-        gate_lr: of the gates; default the same.
-        weight_decay: of the rest; gates have none.
-        adapter: name of the adapter.
-    """
-    gates = [delta.gate for delta in deltas_of(model, adapter).values()]
-    known = {id(gate) for gate in gates}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    return [
-        {"params": rest, "lr": lr, "weight_decay": weight_decay},
-        {"params": gates, "lr": lr if gate_lr is None else gate_lr, "weight_decay": 0.0},
-    ]
 
 
 register("sora", SoraConfig, SoraDelta)
