@@ -85,12 +85,46 @@ def trainer(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def method(name: str, settings: dict[str, Any], processes: int, me: int) -> dict[str, Any]:
+    """A method with a controller, each process with its part of every batch; alone for one process."""
+    from peft import get_peft_model
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils.peft_types import PeftType
+    from peft_models import seeded
+    from training_cases import small_llama
+
+    import lora_squeeze.methods.adapters
+    import lora_squeeze.methods.ranks  # noqa: F401 (both register their methods)
+    from lora_squeeze.methods.control import controller_for, deltas_of, parameter_groups
+
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name.upper())]
+    inner = get_peft_model(seeded(small_llama), config(target_modules=["q_proj", "up_proj"], **settings)).train()
+    network: nn.Module = inner
+    if processes > 1:
+        network = nn.parallel.DistributedDataParallel(inner, find_unused_parameters=True)
+    optimizer = torch.optim.AdamW(parameter_groups(inner, 1e-2))
+    controller = controller_for(inner, STEPS, optimizer)
+    rows = 4 // processes
+    for step in range(STEPS):
+        controller.before_forward()
+        network(**{key: value[rows * me : rows * (me + 1)] for key, value in batch(step).items()}).loss.backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+        optimizer.zero_grad()
+    controller.finish()
+    return {"updates": {key: delta.eval().weight().tolist() for key, delta in deltas_of(inner).items()}}
+
+
 def main(folder: Path, cases: dict[str, dict[str, Any]]) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     for name, options in cases.items():
         kind = options.pop("kind")
-        found = trainer(folder, options) if kind == "trainer" else plain_loop(kind, options)
+        if kind == "method":
+            found = method(**options, processes=distributed.get_world_size(), me=distributed.get_rank())
+        else:
+            found = trainer(folder, options) if kind == "trainer" else plain_loop(kind, options)
         (folder / f"{name}-{distributed.get_rank()}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_run import method
 from training_cases import SOURCE, STEPS, TARGET, adamw, model, train
 
 import lora_squeeze
@@ -30,6 +31,18 @@ CASES: dict[str, dict[str, Any]] = {
     "trainer": {"kind": "trainer"},
     "resumed": {"kind": "trainer", "resume": True},
 }
+METHODS: dict[str, dict[str, Any]] = {
+    "dylora": {"r": 4},
+    "matryoshka": {"r": 4},
+    "sora": {"r": 4, "threshold": 0.05, "l1": 0.1},
+    "trp": {"form": "factors", "r": 4, "period": 3, "energy": 0.8},
+    "maestro": {"r": 4, "lasso": 1e-3, "threshold": 0.005, "shrinks": 3},
+    "blora": {"r": 4, "gates": 0.0, "warmup": 0.25, "penalty": 0.1, "gates_lr": 0.5},
+    "diffora": {"r": 4, "search": 0.7},
+    "lift": {"r": 2, "refresh": 4},
+    "snella": {"r": 4, "final_sparsity": 0.6, "rounds": 3},
+}
+CASES |= {name: {"kind": "method", "name": name, "settings": settings} for name, settings in METHODS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +111,14 @@ def test_a_resumed_trainer_under_ddp_ends_alike(folder: Path) -> None:
     assert [e["rank"] for e in resumed["history"]] == [4, 2], "the history is that of the whole run"
     assert resumed["losses"] == pytest.approx(whole["losses"], rel=1e-5)
     assert resumed["widths"] == [TARGET]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_controller_makes_two_processes_one(folder: Path, name: str) -> None:
+    first, second = seen(folder, name)
+    assert first == second
+    one = method(name, METHODS[name], processes=1, me=0)["updates"]
+    assert any(torch.tensor(update).abs().max() > 1e-3 for update in one.values())
+    for key, update in first["updates"].items():
+        found, wanted = torch.tensor(update), torch.tensor(one[key])
+        assert (found - wanted).norm() <= 1e-2 * wanted.norm()  # Adam makes much of how tiny gradients are rounded
