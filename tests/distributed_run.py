@@ -102,7 +102,7 @@ def method(name: str, settings: dict[str, Any], processes: int, me: int) -> dict
     network: nn.Module = inner
     if processes > 1:
         network = nn.parallel.DistributedDataParallel(inner, find_unused_parameters=True)
-    optimizer = torch.optim.AdamW(parameter_groups(inner, 1e-2))
+    optimizer = torch.optim.AdamW(parameter_groups(inner, 1e-2), eps=1e-4)  # rounding of tiny gradients stays small
     controller = controller_for(inner, STEPS, optimizer)
     rows = 4 // processes
     for step in range(STEPS):
