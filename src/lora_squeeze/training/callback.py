@@ -37,7 +37,8 @@ class SqueezeCallback(TrainerCallback, ExportableState):
     """Squeezes the adapter while a `transformers.Trainer` or a TRL trainer trains it.
 
     The adapter begins at the rank of its LoraConfig and ends at `rank`; the number of steps stays the same. Pass it in
-    `callbacks=[...]` when the trainer is made, so that a resumed run can load a checkpoint of any stage.
+    `callbacks=[...]` when the trainer is made, so that a resumed run can load a checkpoint of any stage. An adapter of
+    another method than LoRA becomes a LoRA at the first squeeze; a checkpoint from then on is one of a LoRA.
 
     Args:
         rank: target rank.

@@ -197,7 +197,8 @@ def become_lora(
         optimizer: takes the factors in the place of the method's parameters.
 
     Raises:
-        LoraSqueezeError: an optimiser that cannot exchange parameters. Nothing has changed then.
+        LoraSqueezeError: an optimiser that cannot exchange parameters, targets that mean other layers to a LoRA.
+            Nothing has changed then.
     """
     holder, adapter = holder_of(model), modules[0].adapter
     biases = {module.name: module.bias() for module in modules}
@@ -237,6 +238,11 @@ def _put_layers(holder: Any, adapter: str, modules: Sequence[OtherModule], confi
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT tells of a configuration that is left over in the model
             holder.base_model = LoraModel(inner, {adapter: config}, adapter)
+        if {m.path for m in live_modules(holder, adapter)} != {m.path for m in modules}:
+            raise LoraSqueezeError(
+                f"PEFT puts a LoRA on other layers than a {modules[0].kind} with these target_modules; name the layers "
+                "in full"
+            )
     except BaseException:
         holder.base_model, inner.peft_config = before, before.peft_config
         for owner, last, layer in places:

@@ -49,6 +49,8 @@ RATES = ("continue", "restart")
 class Squeezer:
     """Squeezes one adapter of a live PEFT model when its schedule says so.
 
+    An adapter of another method than LoRA becomes a LoRA at the first squeeze, see `other_method`.
+
     Args:
         model: a PEFT model, or a transformers model with an adapter; wrapped by DDP, FSDP2 or torch.compile or not.
         optimizer: the optimiser that trains it; accelerate's wrapper will do.
