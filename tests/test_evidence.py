@@ -100,6 +100,8 @@ def test_the_order_of_the_data_depends_on_the_seed_alone() -> None:
     first = order(EXAMPLES, 500, 1)
     assert first == order(EXAMPLES, 500, 1)
     assert first != order(EXAMPLES, 500, 2)
+    with pytest.raises(SystemExit, match="no example of this task fits into the model's room"):
+        order([], 5, 1)
     assert sorted(e.prompt for e in first[:300]) == sorted(e.prompt for e in EXAMPLES)
     assert first[:200] != first[300:500]
 

@@ -48,7 +48,12 @@ def order(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     """The examples of a run, in an order that depends on the seed alone: the same for every method.
 
     Where there are fewer than `count`, they come again, in a new order each time.
+
+    Raises:
+        SystemExit: there are none.
     """
+    if not examples:
+        raise SystemExit("no example of this task fits into the model's room for prompt and answer")
     found: list[Example] = []
     epoch = 0
     while len(found) < count:
