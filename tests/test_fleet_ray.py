@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def cluster() -> Iterator[Any]:
 
     # Not below pytest's folder: Ray puts sockets there, and the path of a socket has to be short.
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, sigterm_kept():
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", str(HERE))  # where the nodes find the jobs
         found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": folder} | SMALL)
@@ -48,8 +50,18 @@ def cluster() -> Iterator[Any]:
         shutil.rmtree(folder)
 
 
+@contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """What Ray makes of the signal, in the process that starts a node, is undone."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def add_node(cluster: Any) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, sigterm_kept():
         patch.setenv("PYTHONPATH", str(HERE))
         return cluster.add_node(num_cpus=1, **SMALL)
 

@@ -148,9 +148,9 @@ def test_signals_leave_no_litter_even_when_sent_again_during_the_clean_up(
 ) -> None:
     target = existing(tmp_path) if there else tmp_path / "made" / "out"
     before = tree(tmp_path)
-    handlers = [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)]
 
     def interrupted() -> None:
+        handlers = [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)]
         rmtree, cleaned = folder.shutil.rmtree, []
 
         def disturbed(path: Path) -> None:
