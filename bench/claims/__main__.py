@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import pkgutil
-import shlex
-import sys
 import time
 from dataclasses import asdict
 from importlib import import_module
@@ -46,7 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _write(path: Path, outcome: Outcome, seconds: float, quick: bool) -> None:
-    facts = {"command": shlex.join(["python", "-m", "bench.claims", *sys.argv[1:]]), "commit": commit(), **machine()}
+    command = f"python -m bench.claims {path.stem}{' --quick' if quick else ''}"
+    facts = {"command": command, "commit": commit(), **machine()}
     lines: list[Row] = [{"kind": "run", "seconds": seconds, "quick": quick, **facts}]
     lines += [{"kind": "row", **row} for row in outcome.rows]
     lines += [{"kind": "finding", **asdict(finding)} for finding in outcome.findings]

@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     asked = _asked(given)
     rows = read_rows([given.rows, *given.rates])
     head = commit()
-    start = {"kind": "machine", "command": shlex.join(sys.argv), "commit": head, **machine()}
+    command = shlex.join(["python", "-m", "bench.evidence", *(arguments or sys.argv[1:])])
+    start = {"kind": "machine", "command": command, "commit": head, **machine()}
     append(given.rows, [start])
     failures = 0
     begun: set[tuple[Any, ...]] = set()  # jobs that failed are not tried again in this run
