@@ -374,7 +374,7 @@ def test_a_convolution_in_groups_is_refused(name, tmp_path):
 
 
 def test_a_rank_above_the_one_told_is_found(tmp_path, monkeypatch):
-    monkeypatch.setitem(with_base._RANKS, "HIRA", lambda layer: 1)
+    monkeypatch.setitem(with_base._RANKS, "HIRA", lambda layer, name: 1)
     found = made(METHODS["HiRA"], tmp_path).adapter
     with pytest.raises(LoraSqueezeError, match="beyond the rank 1"):
         found.update(next(iter(found.modules)))
