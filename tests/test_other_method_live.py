@@ -248,3 +248,37 @@ def test_a_plain_lora_goes_its_own_way() -> None:
     assert isinstance(live.peft_config["default"], LoraConfig)
     shake(live)
     assert squeeze_(live, 2).maps
+
+
+@pytest.mark.parametrize("closed", [2, 3])
+def test_a_layer_without_any_update_becomes_a_pair_of_zeros(closed: int) -> None:
+    live = adapted(METHODS["sora"], trained=True)
+    first = next(iter(layers(live).values()))
+    with torch.no_grad():
+        first.deltas["default"].gate[:closed] = 0
+        wanted = live(batch())
+        squeeze_(live, 3)
+        torch.testing.assert_close(live(batch()), wanted, rtol=1e-4, atol=1e-4)
+    assert lora_ranks(live) == {3, max(1, 3 - closed)}
+
+
+def test_ranks_found_below_the_schedules_are_no_fault() -> None:
+    live = adapted(METHODS["sora"], trained=True)
+    squeezer = Squeezer(live, None, make_schedule(3, 2, 4, mode="post"))
+    with torch.no_grad():
+        for layer in layers(live).values():
+            layer.deltas["default"].gate[1:] = 0
+        wanted = live(batch())
+        squeezer.finish()
+        torch.testing.assert_close(live(batch()), wanted, rtol=1e-4, atol=1e-4)
+    assert lora_ranks(live) == {1}
+
+
+def test_a_refused_squeeze_leaves_the_controller_at_work() -> None:
+    live = adapted(METHODS["dylora"], trained=True)
+    controller = controller_for(live, 5)
+    with pytest.raises(LoraSqueezeError, match="rank 9 is above the present rank 3; a squeeze only goes down"):
+        squeeze_(live, 9)
+    assert not controller.over
+    squeeze_(live, 2)
+    assert controller.over

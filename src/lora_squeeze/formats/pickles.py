@@ -19,7 +19,7 @@ from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.safetensors_header import check_name, quoted
 
 _MAX_PICKLE_BYTES = 2**22  # of the pickle in an archive: some 25,000 tensors
-_MAX_READS = 2**20  # of a file before PyTorch 1.6, in which the pickle has no length: about three for each object
+_MAX_READS = 2**19  # of a file before PyTorch 1.6, in which the pickle has no length: about three for each object
 _SHARED = 4  # how often the same numbers may be in a file under different names, on average: tied weights
 
 

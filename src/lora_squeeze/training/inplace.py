@@ -43,7 +43,7 @@ from lora_squeeze.training.live import (
     tied_pairs,
 )
 from lora_squeeze.training.optimizer_state import STATE_POLICIES, check_optimizer, unwrapped
-from lora_squeeze.training.other_method import AnyModule, become_lora, is_other, learned, other_modules
+from lora_squeeze.training.other_method import STATISTICS, AnyModule, become_lora, is_other, learned, other_modules
 
 PLACEMENTS = ("auto", "replace", "mask")
 
@@ -171,11 +171,15 @@ def _from_other_method(
     """Squeeze an adapter of another method, which becomes a LoRA by that."""
     start = time.perf_counter()
     if moments:
-        raise LoraSqueezeError("statistics of the data are those of LoRA layers; squeeze this adapter without them")
+        raise LoraSqueezeError(STATISTICS)
     if _processes() > 1:
         raise LoraSqueezeError("under several processes an adapter of another method cannot become a LoRA in place")
-    end_control(holder_of(model), adapter)
     modules = other_modules(model, adapter)
+    if optimizer is not None:
+        check_optimizer(unwrapped(optimizer), learned(model, modules), "reset")
+    if rule["rank"] is not None:
+        _check_rank(rule["rank"], max(module.width for module in modules))
+    end_control(holder_of(model), adapter)
     # One layer at a time: the updates of some methods are as large as the weights.
     known = rule["rank"] if rule["allocate"] in (None, "uniform") else None
     factors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -312,8 +316,8 @@ def _target_ranks(
         return _named_ranks(modules, present, ranks)
     units = units_of(modules, present, spectra)
     top = max(unit.rank * unit.step for unit, _ in units)
-    if rank is not None and rank > top:
-        raise LoraSqueezeError(f"rank {rank} is above the present rank {top}; a squeeze only goes down")
+    if rank is not None:
+        _check_rank(rank, top)
     rule, bare = next(iter(asked)), [unit for unit, _ in units]
     allocate = allocation_for(rule, allocate)
     if allocate == "global" and energy is None and all(m.path in moments for m in modules):
@@ -323,6 +327,11 @@ def _target_ranks(
     else:
         chosen = choose(bare, rule, float(rank or energy or params or 0), allocate, Limits(floor=1))
     return {module.name: k for k, (_, members) in zip(chosen, units, strict=True) for module in members}
+
+
+def _check_rank(rank: int, top: int) -> None:
+    if rank > top:
+        raise LoraSqueezeError(f"rank {rank} is above the present rank {top}; a squeeze only goes down")
 
 
 def _named_ranks(modules: Sequence[AnyModule], present: Sequence[int], ranks: Mapping[str, int]) -> dict[str, int]:

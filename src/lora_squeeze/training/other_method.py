@@ -121,12 +121,15 @@ class OtherModule:
         delta = self._delta
         if delta is None or hasattr(delta, "factors"):
             B, A = (self._merged if delta is None else delta).factors()
+            if not B.shape[1]:  # no update at all, such as where every gate is closed: as a LoRA, a pair of zeros
+                return B.new_zeros(len(B), 1), A.new_zeros(1, A.shape[1])
             return B, A
         dW: Tensor = delta.weight()
         eye = torch.eye(min(dW.shape), dtype=dW.dtype, device=dW.device)
         return (dW, eye) if dW.shape[1] == len(eye) else (eye, dW)
 
 
+STATISTICS = "statistics of the data are those of LoRA layers; squeeze this adapter without them"
 AnyModule = LiveModule | OtherModule
 
 

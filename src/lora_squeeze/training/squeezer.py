@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lora_squeeze.adaptive import Adaptive
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.methods.control import end_control
 from lora_squeeze.moments import predicted_increase
 from lora_squeeze.post_squeeze import decomposed
 from lora_squeeze.ranks import Allocation, Limits, Unit, choose, price
@@ -38,8 +39,8 @@ from lora_squeeze.training.inplace import (
     units_of,
 )
 from lora_squeeze.training.learning_rate import restart_each_stage
-from lora_squeeze.training.live import LiveModule, live_modules, only_adapter
-from lora_squeeze.training.other_method import AnyModule, is_other, modules_of
+from lora_squeeze.training.live import LiveModule, holder_of, live_modules, only_adapter
+from lora_squeeze.training.other_method import STATISTICS, AnyModule, is_other, modules_of
 from lora_squeeze.training.resume import follow_loaded_ranks
 from lora_squeeze.training.statistics import Statistics
 
@@ -110,7 +111,7 @@ class Squeezer:
             restart_each_stage(scheduler, schedule)
         wants_loss = isinstance(schedule, Adaptive) and schedule.loss is not None
         if (data_aware or wants_loss) and is_other(model, self.adapter):
-            raise LoraSqueezeError("statistics of the data are those of LoRA layers; squeeze this adapter without them")
+            raise LoraSqueezeError(STATISTICS)
         self.data_aware = data_aware
         self.statistics = Statistics(model, self.adapter) if data_aware or wants_loss else None
         self._following = follow_loaded_ranks(model, self.adapter, lambda: self.optimizer)
@@ -201,8 +202,12 @@ class Squeezer:
             self.statistics.load_state_dict(state["statistics"])
 
     def _squeeze_to(self, stage: int) -> Squeezed:
+        if is_other(self.model, self.adapter):
+            end_control(
+                holder_of(self.model), self.adapter
+            )  # its method may have found lower ranks than the schedule's
         if isinstance(self.schedule, Schedule) and self.allocate == "uniform":
-            return self._squeeze(rank=self.schedule.ranks[stage])
+            return self._squeeze(rank=min(self.schedule.ranks[stage], self.rank))
         allocate = self.schedule.allocate if isinstance(self.schedule, Adaptive) else self.allocate
         return self._squeeze(params=self.budgets[stage], allocate=allocate)
 
