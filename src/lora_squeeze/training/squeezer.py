@@ -202,10 +202,8 @@ class Squeezer:
             self.statistics.load_state_dict(state["statistics"])
 
     def _squeeze_to(self, stage: int) -> Squeezed:
-        if is_other(self.model, self.adapter):
-            end_control(
-                holder_of(self.model), self.adapter
-            )  # its method may have found lower ranks than the schedule's
+        if is_other(self.model, self.adapter):  # its method may have found lower ranks than the schedule's
+            end_control(holder_of(self.model), self.adapter)
         if isinstance(self.schedule, Schedule) and self.allocate == "uniform":
             return self._squeeze(rank=min(self.schedule.ranks[stage], self.rank))
         allocate = self.schedule.allocate if isinstance(self.schedule, Adaptive) else self.allocate
