@@ -33,6 +33,7 @@ class Method:
         float64: the layer computes in float64 where its parameters are float64.
         static: the update is the same for all inputs; where it is not, it must not be merged or converted.
         once: trained numbers that the layers have in common.
+        draws: some of what it freezes is drawn.
         waits: how the names of those trained numbers begin that rest until the method's controller calls them.
     """
 
@@ -44,6 +45,7 @@ class Method:
     waits: str | None = None
     static: bool = True
     once: int = 0
+    draws: bool = False
 
     def config(self, **more: Any) -> PeftConfig:
         """A configuration for the two kinds of layers that the tiny models have."""
@@ -54,23 +56,23 @@ class Method:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("nola", lambda i, o: 2 * 12, {"r": 3, "bases": 12}, rank=lambda i, o: 3),
+        Method("nola", lambda i, o: 2 * 12, {"r": 3, "bases": 12}, rank=lambda i, o: 3, draws=True),
         Method("blocklora", lambda i, o: 2 * i + 4 * o, {"r": 4, "alpha": 6}, rank=lambda i, o: 2),
         Method("hydra", lambda i, o: 2 * (i + o) + 6 * o, {"r": 2, "r_sequential": 3, "alpha": 3}, rank=lambda i, o: 5),
         Method("wara", lambda i, o: i + o, {"r": 2, "wavelet": "db2"}, rank=lambda i, o: 4),
         Method("queryable", lambda i, o: 3 * (i + o),
                {"r": 3, "atoms": 4, "top_k": 3, "query_dim": 5, "block_layers": 1}, rank=lambda i, o: 3, static=False,
                once=4 * 9 + 4 * 5 + 2 * 5 * 3 + 5 * 5 + 2 * 5),
-        Method("tera", lambda i, o: sum(split(i, 3)) + sum(split(o, 3))),
+        Method("tera", lambda i, o: sum(split(i, 3)) + sum(split(o, 3)), draws=True),
         Method("loldu", lambda i, o: 5, {"r": 5, "alpha": 5}, rank=lambda i, o: 5),
         Method("svfit", lambda i, o: 5, {"r": 5}, rank=lambda i, o: 5),
         Method("loraxs", lambda i, o: 9, {"r": 3}, rank=lambda i, o: 3, identity=1e-3),
-        Method("paca", lambda i, o: 3 * o, {"r": 3, "alpha": 6}, rank=lambda i, o: 3),
+        Method("paca", lambda i, o: 3 * o, {"r": 3, "alpha": 6}, rank=lambda i, o: 3, draws=True),
         Method("snella", lambda i, o: 4 * (i + o) + 3, {"r": 4, "sparsity": 0.5}, identity=None),
         Method("lift", lambda i, o: 2 * (i + o), {"r": 2, "filter_rank": 2}),
         Method("sara", lambda i, o: i * o // 4, {"fraction": 0.25}),
-        Method("randloraranks", lambda i, o: 4 * (3 + 12), {"r": 3, "together": 2}, rank=lambda i, o: 6),
-        Method("projlora", lambda i, o: 12, {"r": 3, "length": 48}, rank=lambda i, o: 3, identity=None),
+        Method("randloraranks", lambda i, o: 4 * (3 + 12), {"r": 3, "together": 2}, rank=lambda i, o: 6, draws=True),
+        Method("projlora", lambda i, o: 12, {"r": 3, "length": 48}, rank=lambda i, o: 3, identity=None, draws=True),
         Method("dylora", lambda i, o: 3 * (i + o), {"r": 3, "alpha": 6}, rank=lambda i, o: 3),
         Method("matryoshka", lambda i, o: 4 * (i + o), {"r": 4}, rank=lambda i, o: 4),
         Method("sora", lambda i, o: 3 * (i + o) + 3, {"r": 3, "alpha": 6}, rank=lambda i, o: 3),
@@ -133,7 +135,8 @@ def batch(dtype: torch.dtype = torch.float32) -> Tensor:
 def adapted(method: Method, base: nn.Module | None = None, *, trained: bool = False, **settings: Any) -> Any:
     """A PEFT model; `trained`: its parameters are moved, so that the update is nothing special."""
     options = settings.pop("options", {})
-    model = get_peft_model(net() if base is None else base, method.config(**settings), **options)
+    with drawn_from(0):
+        model = get_peft_model(net() if base is None else base, method.config(**settings), **options)
     if trained:
         shake(model)
     return model.eval()

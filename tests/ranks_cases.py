@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from adapters_cases import IN, net
+from adapters_cases import IN, drawn_from, net
 from peft import get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn import functional
@@ -59,9 +59,15 @@ def go_on(
         optimizer.zero_grad()
 
 
+def fresh(config: Any) -> Any:
+    """The tiny net with an adapter that begins with the same numbers on every call."""
+    with drawn_from(0):
+        return get_peft_model(net(), config)
+
+
 def trained(config: Any, steps: int, make: Callable[[nn.Module], torch.optim.Optimizer] = adam) -> tuple[Any, Any]:
     """The tiny net after a whole training, in eval mode, and its controller."""
-    model = get_peft_model(net(), config)
+    model = fresh(config)
     optimizer = make(model)
     controller = controller_for(model, steps, optimizer)
     go_on(model, controller, optimizer, steps)
@@ -77,13 +83,13 @@ def cut_and_resumed(
     The checkpoint is what a trainer has: the adapter's file without its configuration, the optimiser's state, and the
     controller's.
     """
-    fresh = copy.deepcopy(config)
-    first = get_peft_model(net(), config)
+    twin = copy.deepcopy(config)
+    first = fresh(config)
     optimizer = make(first)
     controller = controller_for(first, steps, optimizer)
     go_on(first, controller, optimizer, cut)
     checkpoint = copy.deepcopy((get_peft_model_state_dict(first), optimizer.state_dict(), controller.state_dict()))
-    model = get_peft_model(net(), fresh)
+    model = fresh(twin)
     second = make(model)
     again = controller_for(model, steps, second)
     set_state(model, checkpoint[0])

@@ -253,9 +253,10 @@ def test_two_adapters_side_by_side(method: Method, tmp_path: Path) -> None:
 def test_an_adapter_made_beside_a_merged_one_is_the_same_as_beside_none(method: Method) -> None:
     model, other = adapted(method, trained=True), adapted(method, trained=True)
     model.merge_adapter()
-    with pytest.warns(UserWarning, match="Unmerging the model first"):  # by PEFT, once the adapter is there
-        model.add_adapter("second", method.config(seed=7))
-    other.add_adapter("second", method.config(seed=7))
+    with pytest.warns(UserWarning, match="Unmerging the model first"), drawn_from(7):  # by PEFT, once it is there
+        model.add_adapter("second", method.config())
+    with drawn_from(7):
+        other.add_adapter("second", method.config())
     states = [get_peft_model_state_dict(each, adapter_name="second") for each in (model, other)]
     for name, tensor in states[0].items():
         assert torch.allclose(tensor, states[1][name], atol=1e-6), name
@@ -325,14 +326,44 @@ def test_the_global_generator_is_left_alone(method: Method) -> None:
         assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_seed_decides(method: Method) -> None:
-    def numbers(seed: int) -> list[torch.Tensor]:
-        model = adapted(method, seed=seed, init_weights=False)
-        x = {size: torch.eye(size) for size in (IN, HIDDEN)}
-        return [layer(x[layer.in_features]).detach() for layer in layers(model).values()]
+def outputs(model: nn.Module) -> list[torch.Tensor]:
+    x = {size: torch.eye(size) for size in (IN, HIDDEN)}
+    return [layer(x[layer.in_features]).detach() for layer in layers(model).values()]
 
-    assert all(torch.equal(a, b) for a, b in zip(numbers(1), numbers(1), strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(numbers(1), numbers(2), strict=True))
+
+def all_equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_what_is_trained_begins_with_the_global_generator(method: Method) -> None:
+    def numbers(seed: int) -> list[torch.Tensor]:
+        with drawn_from(seed):
+            return outputs(get_peft_model(net(), method.config(init_weights=False)).eval())
+
+    assert all_equal(numbers(1), numbers(1))
+    assert not all_equal(numbers(1), numbers(2))
+
+
+def test_two_adapters_of_one_configuration_begin_apart(method: Method) -> None:
+    model = get_peft_model(net(), method.config(init_weights=False)).eval()
+    model.add_adapter("second", method.config(init_weights=False))
+    first = outputs(model)
+    model.set_adapter("second")
+    assert not all_equal(first, outputs(model.eval()))
+
+
+def test_what_is_frozen_comes_from_the_seed_alone(method: Method) -> None:
+    def stored(global_seed: int, seed: int) -> list[torch.Tensor]:
+        with drawn_from(global_seed):
+            model = get_peft_model(net(), method.config(seed=seed, init_weights=False)).eval()
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "_delta.default." in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator)
+        return outputs(model)
+
+    assert all_equal(stored(1, 5), stored(2, 5))
+    assert all_equal(stored(1, 5), stored(1, 6)) == (not method.draws)
 
 
 def test_dropout_acts_while_training_only(method: Method) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters_cases import METHODS, adapted, batch, layers, net
+from adapters_cases import METHODS, adapted, batch, drawn_from, layers, net
 from peft import LoraConfig, PeftModel, get_peft_model
 from ranks_cases import PLANTED, adam, cut_and_resumed, go_on, planted, same, trained
 from torch.nn import functional
@@ -219,9 +219,10 @@ def test_groups_have_every_trained_number_once_and_gates_no_decay() -> None:
     assert parameter_groups(get_peft_model(net(), config()), 0.1)[1]["lr"] == 0.1
 
 
-def test_drawn_gates_depend_on_the_seed() -> None:
+def test_drawn_gates_depend_on_the_global_generator() -> None:
     def gates(seed: int) -> torch.Tensor:
-        model = get_peft_model(net(), config(gate_init="normal", seed=seed))
+        with drawn_from(seed):
+            model = get_peft_model(net(), config(gate_init="normal"))
         return torch.cat([layer.deltas["default"].gate.detach() for layer in layers(model).values()])
 
     assert torch.equal(gates(0), gates(0))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from adapters_cases import METHODS, batch, layers, net, shake
 from peft import LoraConfig, PeftModel, get_peft_model
-from ranks_cases import adam, cut_and_resumed, go_on, planted, same, trained
+from ranks_cases import adam, cut_and_resumed, fresh, go_on, planted, same, trained
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -111,8 +111,7 @@ def test_a_step_after_a_projection_is_the_one_by_hand(form: str) -> None:
 @each_form
 def test_without_projections_it_is_plain_training(form: str) -> None:
     """Bit by bit; the first step's projection finds nothing to cut at the start."""
-    model = get_peft_model(net(), config(form, period=1000, nuclear=0.0))
-    plain = get_peft_model(net(), config(form))
+    model, plain = fresh(config(form, period=1000, nuclear=0.0)), fresh(config(form))
     controller = controller_for(model, 30)
     optimizers = adam(model), adam(plain)
     go_on(model, controller, optimizers[0], 30)

@@ -71,13 +71,12 @@ class BlockLoraDelta(FactorDelta):
                 f"{site.name}: blocks is {config.blocks}, which does not divide its {site.in_features} inputs; choose "
                 "another number or leave the layer out of target_modules"
             )
-        generator = site.generator(config.seed, "init")
         columns = site.in_features // self.parts
         self.rank = min(rows, columns)
-        drawn = torch.rand(rows, columns, generator=generator) * 2 - 1
+        drawn = torch.rand(rows, columns) * 2 - 1
         self.A = nn.Parameter(drawn / math.sqrt(site.in_features))
         B = torch.zeros(arms, site.out_features, rows)
-        self.B = nn.Parameter(B if config.init_weights else torch.randn(B.shape, generator=generator))
+        self.B = nn.Parameter(B if config.init_weights else torch.randn(B.shape))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """B (out, rows) with the scale in it, and A (rows, in)."""

@@ -68,11 +68,10 @@ class HydraDelta(FactorDelta):
         self.rank = min(sum(r for r, _ in self.heads.values()), site.in_features, site.out_features)
         self.moves_bias = "s" in self.heads and site.base_bias() is not None
         for name, (r, columns) in self.heads.items():
-            generator = site.generator(config.seed, "init", name)
-            A = (torch.rand(r, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
+            A = (torch.rand(r, columns) * 2 - 1) / math.sqrt(columns)
             B = torch.zeros(site.out_features, r)
             if not config.init_weights:
-                B = torch.randn(B.shape, generator=generator)
+                B = torch.randn(B.shape) / math.sqrt(columns)
             setattr(self, f"A_{name}", nn.Parameter(A))
             setattr(self, f"B_{name}", nn.Parameter(B))
 

@@ -59,9 +59,7 @@ class LolduDelta(DecomposedDelta):
         super().__init__(site, config, B[:, :r], A[:r])
         self.scale = (1 if config.alpha is None else config.alpha) / (config.r or r)
         self.register_buffer("z0", D[:r].float(), persistent=False)
-        self.change = nn.Parameter(torch.zeros(r))
-        if not config.init_weights:
-            self.change.data = torch.randn(r, generator=site.generator(config.seed, "init"))
+        self.change = nn.Parameter(torch.zeros(r) if config.init_weights else torch.randn(r))
         if config.train_scale:
             self.sigma = nn.Parameter(torch.full((1,), self.scale))
 

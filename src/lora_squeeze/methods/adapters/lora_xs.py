@@ -65,7 +65,7 @@ class LoraXsDelta(DecomposedDelta):
         checked = config.basis == "svd" and not config.store_factors
         super().__init__(site, config, B, A, stored=config.store_factors, checked=checked)
         self.scale = (config.r if config.alpha is None else config.alpha) / config.r
-        start = torch.randn(B.shape[1], B.shape[1], generator=site.generator(config.seed, "R"))
+        start = torch.randn(B.shape[1], B.shape[1])
         self.R = nn.Parameter(start * _START if config.init_weights else start)
 
     def core(self) -> Tensor:

@@ -55,12 +55,9 @@ class NolaDelta(FactorDelta):
         super().__init__(site, config)
         self.rank = config.r
         self.scale = (config.r if config.alpha is None else config.alpha) / config.r
-        self.a = nn.Parameter(torch.zeros(config.bases))
-        self.b = nn.Parameter(torch.zeros(config.bases))
-        if not config.init_weights:
-            generator = site.generator(config.seed, "init")
-            for vector in (self.a, self.b):
-                vector.data = torch.randn(config.bases, generator=generator)
+        start = torch.zeros if config.init_weights else torch.randn
+        self.a = nn.Parameter(start(config.bases))
+        self.b = nn.Parameter(start(config.bases))
         bound = 1 / math.sqrt(site.in_features)
         first = _uniform((config.r, site.in_features), site.generator(config.seed, "A0")) * bound
         self.register_buffer("A_0", first, persistent=False)

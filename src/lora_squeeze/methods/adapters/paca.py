@@ -75,8 +75,7 @@ class PacaDelta(Delta):
         self.scale = (config.r if config.alpha is None else config.alpha) / config.r
         self.D = nn.Parameter(torch.zeros(site.out_features, config.r))
         if not config.init_weights:
-            generator = site.generator(config.seed, "init")
-            self.D.data = torch.randn(self.D.shape, generator=generator) / site.in_features**0.5
+            self.D.data = torch.randn(self.D.shape) / site.in_features**0.5
         self.register_buffer("columns", _selected(site, config))
 
     def weight(self) -> Float[Tensor, "out in"]:

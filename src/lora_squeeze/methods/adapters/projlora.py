@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from lora_squeeze.methods.adapters.engine import AdapterConfig, FactorDelta, Site, register
 from lora_squeeze.methods.adapters.unilora_projections import PROJECTIONS, Projection
-from lora_squeeze.methods.seeds import seeded
 
 
 @dataclass
@@ -101,10 +100,9 @@ class ProjLoraDelta(FactorDelta):
 
     def _drawn(self) -> Tensor:
         config: ProjLoraConfig = self.config
-        generator = seeded(config.seed, "theta")
         if not config.init_weights:
-            return torch.randn(config.length, generator=generator)
-        return (torch.rand(config.length, generator=generator) * 2 - 1) * config.bound
+            return torch.randn(config.length)
+        return (torch.rand(config.length) * 2 - 1) * config.bound
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """B (out, r) and A (r, in), picked out of P theta."""

@@ -46,7 +46,6 @@ from lora_squeeze.methods.adapters.queryable_routing import (
     pooled,
     with_gradient,
 )
-from lora_squeeze.methods.seeds import seeded
 
 _POOLS = ("causal", "token", "mean")
 _NOISE = 0.02
@@ -113,10 +112,9 @@ class QueryableDelta(FactorDelta):
         super().__init__(site, config)
         self.rank = min(config.r, site.in_features, site.out_features)
         self.scale = (config.r if config.alpha is None else config.alpha) / config.r
-        generator = site.generator(config.seed, "init")
-        self.A = nn.Parameter(_uniform((config.r, site.in_features), generator))
+        self.A = nn.Parameter(_uniform((config.r, site.in_features)))
         B = torch.zeros(site.out_features, config.r)
-        self.B = nn.Parameter(B if config.init_weights else torch.randn(B.shape, generator=generator))
+        self.B = nn.Parameter(B if config.init_weights else torch.randn(B.shape))
         if config.fixed:
             self.register_buffer("core", torch.eye(config.r))
             return
@@ -146,19 +144,18 @@ class QueryableDelta(FactorDelta):
     def _make_memory(self) -> None:
         config = self.config
         K, r, d, text = config.atoms, config.r, config.query_dim, config.text_dim
-        generator = seeded(config.seed, "queryable memory")
-        self.atoms = nn.Parameter(torch.eye(r) + _NOISE * torch.randn(K, r, r, generator=generator))
+        self.atoms = nn.Parameter(torch.eye(r) + _NOISE * torch.randn(K, r, r))
         if K == 1:
             return
-        self.keys = nn.Parameter(torch.randn(K, d, generator=generator) / math.sqrt(d))
-        self.of_state = nn.Parameter(_uniform((d, r), generator))
-        self.of_depth = nn.Parameter(_uniform((d, d), generator))
+        self.keys = nn.Parameter(torch.randn(K, d) / math.sqrt(d))
+        self.of_state = nn.Parameter(_uniform((d, r)))
+        self.of_depth = nn.Parameter(_uniform((d, d)))
         self.query_bias = nn.Parameter(torch.zeros(d))
-        self.depth_value = nn.Parameter(_uniform((d, r), generator))
-        self.depth_query = nn.Parameter(torch.randn(d, generator=generator) / math.sqrt(d))
+        self.depth_value = nn.Parameter(_uniform((d, r)))
+        self.depth_query = nn.Parameter(torch.randn(d) / math.sqrt(d))
         if text:
-            self.of_text = nn.Parameter(_uniform((d, text), generator))
-            self.text_keys = nn.Parameter(torch.randn(K, text, generator=generator) / math.sqrt(text))
+            self.of_text = nn.Parameter(_uniform((d, text)))
+            self.text_keys = nn.Parameter(torch.randn(K, text) / math.sqrt(text))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """s B M (out, r) and A (r, in), where M is fixed.
@@ -228,8 +225,8 @@ class QueryableDelta(FactorDelta):
         return told.to(state).reshape(len(told), *(1,) * (state.dim() - 2), -1)
 
 
-def _uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+def _uniform(shape: tuple[int, int]) -> Tensor:
+    return (torch.rand(shape) * 2 - 1) / math.sqrt(shape[1])
 
 
 def _deltas(model: nn.Module, adapter: str) -> list[QueryableDelta]:

@@ -56,10 +56,9 @@ class RandLoraRanksDelta(FactorDelta):
         rank = config.r * math.ceil(bases / self.together)
         self.rank = rank if rank < small else None
         self.scale = (2 * config.r if config.alpha is None else config.alpha) / config.r / math.sqrt(bases)
-        self.lambda_ = nn.Parameter(torch.zeros(bases, config.r))
+        start = torch.zeros if config.init_weights else torch.randn
+        self.lambda_ = nn.Parameter(start(bases, config.r))
         self.gamma = nn.Parameter(torch.full((bases, small), 1 / max(bases, small)))
-        if not config.init_weights:
-            self.lambda_.data = torch.randn(bases, config.r, generator=site.generator(config.seed, "init"))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """B (out, r * groups) with the scale in it, and A (r * groups, in)."""

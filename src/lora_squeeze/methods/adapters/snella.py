@@ -111,7 +111,7 @@ class SnellaDelta(Delta):
             self.dropout = _DropSamples(config.dropout)
         for name, width in (("u", site.in_features), ("v", site.out_features)):
             shape = (_HEADS, width, config.r // _HEADS)
-            drawn = torch.rand(shape, generator=site.generator(config.seed, name)) * 2 - 1
+            drawn = torch.rand(shape) * 2 - 1
             setattr(self, name, nn.Parameter(drawn / math.sqrt(math.prod(shape[1:]))))
         if config.kernel == "snella":
             for name, start in (("a", 1.0), ("g", 1.0), ("c", 0.0)):

@@ -45,7 +45,7 @@ class SparseDelta(Delta):
         self.register_buffer("kept", torch.empty(0))
         self.values = nn.Parameter(self.first_values())
         if not config.init_weights:
-            self.values.data += torch.randn(len(index), generator=site.generator(config.seed, "init"))
+            self.values.data += torch.randn(len(index))
 
     def choose(self, weight: Tensor) -> Tensor:
         """The entries to train, ascending, of a weight in float32."""

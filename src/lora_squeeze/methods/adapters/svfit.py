@@ -70,9 +70,7 @@ class SvfitDelta(DecomposedDelta):
             r = min(int((share < config.energy * share[-1]).sum()) + 1, len(S))
         super().__init__(site, config, U[:, :r], Vh[:r])
         self.register_buffer("s0", S[:r].float(), persistent=False)
-        self.z = nn.Parameter(torch.zeros(r))
-        if not config.init_weights:
-            self.z.data = torch.randn(r, generator=site.generator(config.seed, "init"))
+        self.z = nn.Parameter(torch.zeros(r) if config.init_weights else torch.randn(r))
 
     def core(self) -> Tensor:
         """s - s0."""

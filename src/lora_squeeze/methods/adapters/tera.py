@@ -73,7 +73,7 @@ class TeraDelta(Delta):
         start = torch.ones(sum(self.sizes))
         start[: self.sizes[0]] = 0
         if not config.init_weights:
-            start = torch.randn(sum(self.sizes), generator=site.generator(config.seed, "init"))
+            start = torch.randn(sum(self.sizes))
         self.d = nn.Parameter(start)
 
     def _refuse_large_factors(self) -> None:

@@ -94,11 +94,10 @@ class WaraDelta(FactorDelta):
     def _make_maps(self, maps: int) -> None:
         site, config = self.site, self.config
         rows, columns = (math.ceil(d / self.bands) for d in (site.out_features, site.in_features))
-        generator = site.generator(config.seed, "init")
         bound = 1 / math.sqrt(columns)
-        self.A = nn.Parameter((torch.rand(maps, config.r, columns, generator=generator) * 2 - 1) * bound)
+        self.A = nn.Parameter((torch.rand(maps, config.r, columns) * 2 - 1) * bound)
         B = torch.zeros(maps, rows, config.r)
-        self.B = nn.Parameter(B if config.init_weights else torch.randn(B.shape, generator=generator))
+        self.B = nn.Parameter(B if config.init_weights else torch.randn(B.shape))
 
     def _make_tiny(self) -> None:
         weight = self.site.base_weight().detach().to("cpu", torch.float32)
@@ -111,9 +110,8 @@ class WaraDelta(FactorDelta):
                 f"{self.site.name}: r is {self.config.r}, and the bands of the weight are {tuple(mean.shape)}; lower "
                 "r or leave the layer out of target_modules"
             )
-        c = torch.zeros(self.config.r)
-        generator = self.site.generator(self.config.seed, "init")
-        self.c = nn.Parameter(c if self.config.init_weights else torch.randn(c.shape, generator=generator))
+        start = torch.zeros if self.config.init_weights else torch.randn
+        self.c = nn.Parameter(start(self.config.r))
         self.register_buffer("U", U[:, : self.config.r].contiguous(), persistent=False)
         self.register_buffer("Vh", Vh[: self.config.r].contiguous(), persistent=False)
 

@@ -177,11 +177,12 @@ class DifforaController(Controller):
     @torch.no_grad()
     def _choose(self) -> None:
         gates = {name: float(delta.a) for name, delta in self.deltas.items()}
-        for delta in self.deltas.values():
+        for name, delta in self.deltas.items():
             if not self.config.restart:
                 delta.B.mul_(torch.sigmoid(delta.a))
                 continue
-            for factor, value in zip((delta.B, delta.A), lora_pair(delta.site, self.config), strict=True):
+            pair = lora_pair(delta.site, self.config, self.generator(name))
+            for factor, value in zip((delta.B, delta.A), pair, strict=True):
                 factor.copy_(value)
                 if self.optimizer is not None:
                     self.optimizer.state.pop(factor, None)

@@ -12,13 +12,18 @@ from torch import Tensor, nn
 from lora_squeeze.methods.adapters.engine import Site
 
 
-def lora_pair(site: Site, config: Any) -> tuple[nn.Parameter, nn.Parameter]:
-    """B (out, r) and A (r, in) as a LoRA begins: B = 0, A uniform in +-1 / sqrt(in); see `init_weights`."""
+def lora_pair(site: Site, config: Any, generator: torch.Generator | None = None) -> tuple[nn.Parameter, nn.Parameter]:
+    """B (out, r) and A (r, in) as a LoRA begins: B = 0, A uniform in +-1 / sqrt(in); see `init_weights`.
+
+    Args:
+        site, config: of the layer.
+        generator: on the CPU; default torch's global one.
+    """
     bound = 1 / math.sqrt(site.in_features)
-    A = torch.rand(config.r, site.in_features, generator=site.generator(config.seed, "A")) * 2 - 1
+    A = torch.rand(config.r, site.in_features, generator=generator) * 2 - 1
     B = torch.zeros(site.out_features, config.r)
     if not config.init_weights:
-        B = (torch.rand(B.shape, generator=site.generator(config.seed, "B")) * 2 - 1) * bound
+        B = (torch.rand(B.shape, generator=generator) * 2 - 1) * bound
     return nn.Parameter(B), nn.Parameter(A * bound)
 
 

@@ -116,7 +116,7 @@ class SoraDelta(FactorDelta):
         self.B, self.A = lora_pair(site, config)
         gate = torch.ones(config.r)
         if config.gate_init == "normal":
-            gate = torch.randn(config.r, generator=site.generator(config.seed, "gate"))
+            gate = torch.randn(config.r)
         self.gate = nn.Parameter(gate)
 
     @property

@@ -113,7 +113,7 @@ class TrpDelta(Delta):
             return
         D = torch.zeros(site.out_features, site.in_features)
         if not config.init_weights:
-            D = torch.rand(D.shape, generator=site.generator(config.seed, "D")) * 2 - 1
+            D = torch.rand(D.shape) * 2 - 1
         self.D = nn.Parameter(D / math.sqrt(site.in_features))
 
     def prunable(self) -> Prunable:

@@ -24,7 +24,8 @@ class AdapterConfig(PeftConfig):
         bias: "none", "all" or "<method>_only": which biases are trained.
         init_weights: True begins with the base model's own function; False draws the zero parts at random too, which is
             of use in tests alone.
-        seed: of everything that is drawn: frozen bases, masks, initial values. The global generator is not touched.
+        seed: of what is drawn and not trained: frozen bases, masks, projections, and the order of a controller's draws.
+            What is trained begins with numbers of torch's global generator, as in PEFT: `torch.manual_seed`.
     """
 
     r: int = 8
