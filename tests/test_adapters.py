@@ -352,6 +352,14 @@ def test_two_adapters_of_one_configuration_begin_apart(method: Method) -> None:
     assert not all_equal(first, outputs(model.eval()))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_new_adapter_is_in_the_mode_of_the_model(method: Method, training: bool) -> None:
+    model = get_peft_model(net().train(training), method.config(dropout=0.5))
+    model.add_adapter("second", method.config(dropout=0.5))
+    modes = {module.training for layer in layers(model).values() for module in layer.modules()}
+    assert modes == {training}
+
+
 def test_what_is_frozen_comes_from_the_seed_alone(method: Method) -> None:
     def stored(global_seed: int, seed: int) -> list[torch.Tensor]:
         with drawn_from(global_seed):

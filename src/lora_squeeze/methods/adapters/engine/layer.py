@@ -49,9 +49,10 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return found
 
     def update_layer(self, adapter_name: str, config: Any, shared: dict[Any, Any]) -> None:
-        """Make an adapter's update, or make it anew."""
+        """Make an adapter's update, or make it anew; it trains or not as the base layer does."""
         site = Site(self.name, self.in_features, self.out_features, self._own_weight, self._own_bias, shared)
         self.deltas[adapter_name] = self.delta_class(site, config)
+        self.train(self.get_base_layer().training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
