@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-engines check demo bench lock clean
+.PHONY: help setup test test-peft test-engines check demo bench lock clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -40,9 +40,12 @@ $(STAMP): $(LOCK) requirements/evidence.txt pyproject.toml
 test: setup  ## run the test suite (ARGS="-k name" selects)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
+test-peft: setup  ## our methods in PEFT's own tests, downloaded from the package index (PEFT_SUITE=all: more cases)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest engines/test_peft_suite.py -n 2 -p no:cacheprovider $(ARGS)
+
 test-engines: setup  ## files in real engines: vLLM, llama.cpp, mlx-lm (installed outside the clone, once)
 	PYTHON=$(PYTHON) engines/environment.sh >/dev/null
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest engines -p no:cacheprovider $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest engines --ignore engines/test_peft_suite.py -p no:cacheprovider $(ARGS)
 
 check: setup  ## formatting, lint, types, import rings, documentation
 	$(BIN)/ruff format --check .

@@ -194,8 +194,8 @@ def test_the_layer_multiplies_quantised_numbers() -> None:
     delta.q_bits_B.data[1:] = CLOSED
     delta.q_ranks.data[-1] = CLOSED
     A, B = (on_grid(t, b, t.new_tensor(0) + r.exp()) for t, b, r in
-            ((delta.A, 16, delta.q_range_A), (delta.B, 4, delta.q_range_B)))  # fmt: skip
-    E = on_grid(delta.E, 16, delta.q_range_E.exp()) * torch.tensor([1.0, 1.0, 1.0, 0.0])
+            ((delta.A, 16, delta.q_range_A[0]), (delta.B, 4, delta.q_range_B[0])))  # fmt: skip
+    E = on_grid(delta.E, 16, delta.q_range_E[0].exp()) * torch.tensor([1.0, 1.0, 1.0, 0.0])
     torch.testing.assert_close(delta.weight(), 6 / 4 * B @ torch.diag(E) @ A)
     assert not torch.allclose(delta.weight(), 6 / 4 * delta.B @ torch.diag(delta.E) @ delta.A, atol=1e-4)
 
@@ -205,9 +205,9 @@ def test_quantised_activations_are_no_part_of_the_weight() -> None:
     delta = next(iter(controller.deltas.values()))
     x = batch()
     A, E, B = delta.parts()
-    hidden = on_grid(functional.linear(x, A), 4, delta.q_range_A_out.exp())
-    hidden = on_grid(E * hidden, 4, delta.q_range_E_out.exp())
-    wanted = on_grid(functional.linear(hidden, B), 4, delta.q_range_B_out.exp())
+    hidden = on_grid(functional.linear(x, A), 4, delta.q_range_A_out[0].exp())
+    hidden = on_grid(E * hidden, 4, delta.q_range_E_out[0].exp())
+    wanted = on_grid(functional.linear(hidden, B), 4, delta.q_range_B_out[0].exp())
     torch.testing.assert_close(delta(x, x), wanted)
     assert not torch.allclose(delta(x, x), functional.linear(x, delta.weight()), atol=1e-3)
 
@@ -228,9 +228,13 @@ def test_the_warmup_is_a_lora_and_sees_the_ranges() -> None:
     assert model.peft_config["default"].quantised
     for name, delta in controller.deltas.items():
         assert delta.quantised
-        for factor, reach in ((delta.A, delta.q_range_A), (delta.B, delta.q_range_B), (delta.E, delta.q_range_E)):
+        for factor, reach in (
+            (delta.A, delta.q_range_A[0]),
+            (delta.B, delta.q_range_B[0]),
+            (delta.E, delta.q_range_E[0]),
+        ):
             torch.testing.assert_close(reach.exp(), factor.abs().max())
-        torch.testing.assert_close(delta.q_range_A_out.exp(), torch.stack(seen[name]).max())
+        torch.testing.assert_close(delta.q_range_A_out[0].exp(), torch.stack(seen[name]).max())
 
 
 def test_without_a_penalty_gates_stay_open_and_with_a_large_one_they_close() -> None:
@@ -328,7 +332,7 @@ def test_half_precision_is_quantised_in_single() -> None:
     delta = next(iter(layers(model).values())).deltas["default"]
     A = delta.eval().parts()[0]
     assert A.dtype == torch.bfloat16
-    assert torch.equal(A, on_grid(delta.A.float(), 16, delta.q_range_A.float().exp()).bfloat16())
+    assert torch.equal(A, on_grid(delta.A.float(), 16, delta.q_range_A[0].float().exp()).bfloat16())
 
 
 @pytest.mark.parametrize(

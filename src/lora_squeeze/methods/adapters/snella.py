@@ -115,7 +115,7 @@ class SnellaDelta(Delta):
             setattr(self, name, nn.Parameter(drawn / math.sqrt(math.prod(shape[1:]))))
         if config.kernel == "snella":
             for name, start in (("a", 1.0), ("g", 1.0), ("c", 0.0)):
-                setattr(self, name, nn.Parameter(torch.tensor(start)))
+                setattr(self, name, nn.Parameter(torch.full((1,), start)))
         self.register_buffer("kept", torch.tensor(self.first_kept))
 
     @property

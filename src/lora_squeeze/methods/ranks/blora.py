@@ -111,7 +111,7 @@ class BloraDelta(FactorDelta):
         self.noise: dict[str, Tensor] = {}
         self.names = ["A", "E", "B", *(f"{name}_out" for name in "AEB" if config.activations)]
         for name in self.names:
-            self.register_parameter(f"q_range_{name}", nn.Parameter(torch.zeros(())))
+            self.register_parameter(f"q_range_{name}", nn.Parameter(torch.zeros(1)))
             gates = torch.full((WIDTHS.index(config.bits) + 1,), config.gates)
             self.register_parameter(f"q_bits_{name}", nn.Parameter(gates))
         self.q_ranks = nn.Parameter(torch.full((config.r - 1,), config.gates)) if config.r > 1 else None
@@ -124,7 +124,7 @@ class BloraDelta(FactorDelta):
         """One of `names`, in its present state."""
         reach, bits = getattr(self, f"q_range_{name}"), getattr(self, f"q_bits_{name}")
         ranks = self.q_ranks if name == "E" else None
-        return Quantizer(reach, bits, ranks, self.noise.get(name) if self.training else None)
+        return Quantizer(reach[0], bits, ranks, self.noise.get(name) if self.training else None)
 
     def gates(self, name: str) -> list[nn.Parameter]:
         """The trained logits of a quantiser."""
