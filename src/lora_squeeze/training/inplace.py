@@ -19,20 +19,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_squeeze.adaptive import spend
 from lora_squeeze.decompose import Decomposition
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.lowrank import LowRank
 from lora_squeeze.methods.control import end_control
-from lora_squeeze.moments import Moments, predicted_curve, truncation
+from lora_squeeze.moments import Moments, truncation
 from lora_squeeze.post_squeeze import decomposed
-from lora_squeeze.ranks import Allocation, Limits, Unit, allocation_for, choose, price
+from lora_squeeze.ranks import Allocation
 from lora_squeeze.training.commit import New, commit
 from lora_squeeze.training.live import (
     LiveModule,
@@ -42,6 +40,7 @@ from lora_squeeze.training.live import (
     only_adapter,
     tied_pairs,
 )
+from lora_squeeze.training.live_ranks import check_rank, target_ranks
 from lora_squeeze.training.optimizer_state import STATE_POLICIES, check_optimizer, unwrapped
 from lora_squeeze.training.other_method import STATISTICS, AnyModule, become_lora, is_other, learned, other_modules
 
@@ -139,7 +138,7 @@ def squeeze_(
     updates = [module.update() for module in modules]
     found = decomposed([module.name for module in modules], updates)
     own, spectra = [update.rank for update in updates], [item.S for item in found]
-    target = _target_ranks(modules, own, spectra, rank, energy, params, ranks, allocate, moments or {})
+    target = target_ranks(modules, own, spectra, rank, energy, params, ranks, allocate, moments or {})
     target = _agreed_ranks(target, modules)
     before = sum(m.cost * u.rank for m, u in zip(modules, updates, strict=True))
     new = [
@@ -178,7 +177,7 @@ def _from_other_method(
     if optimizer is not None:
         check_optimizer(unwrapped(optimizer), learned(model, modules), "reset")
     if rule["rank"] is not None:
-        _check_rank(rule["rank"], max(module.width for module in modules))
+        check_rank(rule["rank"], max(module.width for module in modules))
     end_control(holder_of(model), adapter)
     # One layer at a time: the updates of some methods are as large as the weights.
     known = rule["rank"] if rule["allocate"] in (None, "uniform") else None
@@ -189,7 +188,7 @@ def _from_other_method(
         spectra.append(item.S)
         if known is not None:
             factors[module.name] = item.factors(min(known, len(item.S)), 1.0, torch.float32)
-    target = _target_ranks(modules, [len(S) for S in spectra], spectra, **rule, moments={})
+    target = target_ranks(modules, [len(S) for S in spectra], spectra, **rule, moments={})
     for module in modules if known is None else ():
         (item,) = decomposed([module.name], [module.update()])
         factors[module.name] = item.factors(target[module.name], 1.0, torch.float32)
@@ -241,116 +240,6 @@ def _processes() -> int:
 
 def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def grouped(modules: Sequence[AnyModule]) -> dict[str, list[AnyModule]]:
-    """Modules that share a rank, by the name of the first, in the model's order."""
-    groups: dict[str, list[AnyModule]] = {}
-    for module in modules:
-        groups.setdefault(module.group or module.name, []).append(module)
-    return {members[0].name: members for members in groups.values()}
-
-
-def units_of(
-    modules: Sequence[AnyModule], ranks: Sequence[int], spectra: Sequence[Tensor]
-) -> list[tuple[Unit, list[AnyModule]]]:
-    """What shares a rank, with spectrum and cost, for `lora_squeeze.ranks`.
-
-    Args:
-        modules: of one adapter.
-        ranks: of their updates.
-        spectra: singular values of each, (*copies, n).
-    """
-    rank = {module.name: own for module, own in zip(modules, ranks, strict=True)}
-    S = {module.name: values.reshape(-1, values.shape[-1]) for module, values in zip(modules, spectra, strict=True)}
-    return [
-        (
-            Unit(
-                name=name,
-                rank=max(rank[m.name] for m in members),
-                values=[row for m in members for row in S[m.name].tolist()],
-                cost=sum(m.cost for m in members),
-                floor=1,
-                step=max(m.step for m in members),
-            ),
-            members,
-        )
-        for name, members in grouped(modules).items()
-    ]
-
-
-def loss_curve(members: Sequence[AnyModule], moments: Mapping[str, Moments]) -> list[float]:
-    """Predicted increase of the loss at each rank from 0 on, summed over the modules that share it.
-
-    Raises:
-        LoraSqueezeError: nothing is known about one of them.
-    """
-    curves = []
-    for module in members:
-        if module.path not in moments:
-            raise LoraSqueezeError(
-                f"{module.name}: the loss increase cannot be predicted for this layer; bound the energy instead"
-            )
-        assert isinstance(module, LiveModule)  # statistics are those of LoRA layers
-        curve = predicted_curve(moments[module.path], module.scale)
-        curves.append(curve.reshape(-1, curve.shape[-1]).sum(0).tolist())
-    return [sum(column) for column in zip_longest(*curves, fillvalue=0.0)]
-
-
-def _target_ranks(
-    modules: Sequence[AnyModule],
-    present: Sequence[int],
-    spectra: Sequence[Tensor],
-    rank: int | None,
-    energy: float | None,
-    params: int | None,
-    ranks: Mapping[str, int] | None,
-    allocate: Allocation | None,
-    moments: Mapping[str, Moments],
-) -> dict[str, int]:
-    """Rank of each module's update after the squeeze."""
-    asked = {key: v for key, v in dict(rank=rank, energy=energy, params=params, ranks=ranks).items() if v is not None}
-    if len(asked) != 1:
-        raise LoraSqueezeError(f"give one of rank, energy, params or ranks, got {', '.join(asked) or 'none'}")
-    if ranks is not None:
-        return _named_ranks(modules, present, ranks)
-    units = units_of(modules, present, spectra)
-    top = max(unit.rank * unit.step for unit, _ in units)
-    if rank is not None:
-        _check_rank(rank, top)
-    rule, bare = next(iter(asked)), [unit for unit, _ in units]
-    allocate = allocation_for(rule, allocate)
-    if allocate == "global" and energy is None and all(m.path in moments for m in modules):
-        limits = Limits(floor=1)
-        budget = params if rank is None else price(bare, choose(bare, "rank", rank, "uniform", limits))
-        chosen = spend(bare, budget or 0, allocate, [loss_curve(members, moments) for _, members in units])
-    else:
-        chosen = choose(bare, rule, float(rank or energy or params or 0), allocate, Limits(floor=1))
-    return {module.name: k for k, (_, members) in zip(chosen, units, strict=True) for module in members}
-
-
-def _check_rank(rank: int, top: int) -> None:
-    if rank > top:
-        raise LoraSqueezeError(f"rank {rank} is above the present rank {top}; a squeeze only goes down")
-
-
-def _named_ranks(modules: Sequence[AnyModule], present: Sequence[int], ranks: Mapping[str, int]) -> dict[str, int]:
-    unknown = [name for name in ranks if name not in {m.name for m in modules}]
-    if unknown:
-        raise LoraSqueezeError(f"no module {unknown[0]!r} in the adapter; it has {modules[0].name}, ...")
-    target = {}
-    for module, own in zip(modules, present, strict=True):
-        wanted = ranks.get(module.name, own * module.step)
-        if wanted < 1 or wanted % module.step or wanted > own * module.step:
-            raise LoraSqueezeError(
-                f"{module.name}: rank {wanted} is impossible; it has {own * module.step} now"
-                + (f" and needs a multiple of {module.step}" if module.step > 1 else "")
-            )
-        target[module.name] = wanted // module.step
-    for group in {m.group for m in modules if m.group}:
-        if len(found := {target[m.name] for m in modules if m.group == group}) > 1:
-            raise LoraSqueezeError(f"{group}: PEFT loads these with one rank, got {sorted(found)}")
-    return target
 
 
 def _truncated(module: LiveModule, update: LowRank, found: Decomposition, rank: int, moments: Moments | None) -> New:

@@ -30,16 +30,10 @@ from lora_squeeze.post_squeeze import decomposed
 from lora_squeeze.ranks import Allocation, Limits, Unit, choose, price
 from lora_squeeze.schedule import Schedule
 from lora_squeeze.training.commit import compact, make_room
-from lora_squeeze.training.inplace import (
-    Squeezed,
-    check_request,
-    grouped,
-    loss_curve,
-    squeeze_,
-    units_of,
-)
+from lora_squeeze.training.inplace import Squeezed, check_request, squeeze_
 from lora_squeeze.training.learning_rate import restart_each_stage
 from lora_squeeze.training.live import LiveModule, holder_of, live_modules, only_adapter
+from lora_squeeze.training.live_ranks import grouped, loss_curve, units_of
 from lora_squeeze.training.other_method import STATISTICS, AnyModule, is_other, modules_of
 from lora_squeeze.training.resume import follow_loaded_ranks
 from lora_squeeze.training.statistics import Statistics
