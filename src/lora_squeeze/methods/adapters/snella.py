@@ -140,26 +140,26 @@ class SnellaDelta(Delta):
 
     def weight(self) -> Float[Tensor, "out in"]:
         """The entries that remain, zero elsewhere."""
+        return self._cut({})
+
+    def _cut(self, known: dict[str, Tensor]) -> Tensor:
+        """The same; the threshold is found once, since to select it costs more than all else."""
         D = self.kernel()
         with torch.no_grad():
-            factor = self._factor(D)
+            factor = size = D.abs()
+            dropped = self.entries - int(self.kept)
+            if dropped:
+                if not known:
+                    known["threshold"] = size.flatten().kthvalue(dropped).values  # the largest that is dropped
+                t = known["threshold"]
+                factor = (size - t).relu() if self.config.shrink == "paper" else torch.where(size > t, size, 0)
         return (D * factor).to(self.dtype)
-
-    def _factor(self, D: Tensor) -> Tensor:
-        """n(D), by which each entry is multiplied."""
-        size = D.abs()
-        dropped = self.entries - int(self.kept)
-        if not dropped:
-            return size
-        threshold = size.flatten().kthvalue(dropped).values  # the largest that is dropped
-        if self.config.shrink == "paper":
-            return (size - threshold).relu()
-        return torch.where(size > threshold, size, 0)
 
     def forward(self, x: Tensor, base_output: Tensor) -> Tensor:
         """dW x, with nothing of the size of dW kept for the backward pass, which makes it again."""
+        known: dict[str, Tensor] = {}
         output: Tensor = checkpoint(
-            lambda seen: functional.linear(seen, self.weight()), x, use_reentrant=False, preserve_rng_state=False
+            lambda seen: functional.linear(seen, self._cut(known)), x, use_reentrant=False, preserve_rng_state=False
         )
         return output
 
