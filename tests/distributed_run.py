@@ -98,7 +98,8 @@ def method(name: str, settings: dict[str, Any], processes: int, me: int) -> dict
     from lora_squeeze.methods.control import controller_for, deltas_of, parameter_groups
 
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name.upper())]
-    inner = get_peft_model(seeded(small_llama), config(target_modules=["q_proj", "up_proj"], **settings)).train()
+    made = config(target_modules=["q_proj", "up_proj"], **settings)
+    inner = seeded(lambda: get_peft_model(small_llama(), made)).train()
     network: nn.Module = inner
     if processes > 1:
         network = nn.parallel.DistributedDataParallel(inner, find_unused_parameters=True)
