@@ -136,7 +136,10 @@ def test_the_loss_is_measured_on_the_last_batch(tmp_path: Path) -> None:
     assert entry["loss_before"] < entry["loss_after"] < shares[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"data_aware": True}, {"allocate": "global"}, {"learning_rate": "restart"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"data_aware": True}, {"allocate": "global"}, {"learning_rate": "restart"}, {"learning_rate": "rank"}],
+)
 @pytest.mark.parametrize("stop", [3, 4, 5, 8])
 def test_resumed_training_is_bit_identical(tmp_path: Path, stop: int, options: dict[str, Any]) -> None:
     """Right before, at, and after a squeeze (4 and 8), from the checkpoints of one uninterrupted run."""

@@ -111,7 +111,7 @@ FLAGS: dict[str, Any] = {
     "--learning-rate": 1e-3, "--warmup": 0.2, "--max-length": 77, "--alpha": 16, "--targets": "q_proj,v_proj",
     "--allocate": "global", "--energy": 0.9, "--optimizer-state": "reset", "--dtype": "float32", "--seed": 7,
     "--save-steps": 11, "--report-to": "wandb", "--data-aware": True, "--cpu": True, "--resume": True, "--force": True,
-    "--learning-rate-restart": True, "--gradient-checkpointing": False,
+    "--learning-rate-policy": "rank", "--gradient-checkpointing": False,
 }  # fmt: skip
 NAMES = {"--eval": "eval_data", "--continue": "adapter"}
 

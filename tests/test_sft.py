@@ -118,7 +118,7 @@ def test_every_mode_ends_at_the_target_rank(
 def test_alpha_targets_and_epochs_are_as_asked(place: Place, tmp_path: Path) -> None:
     asked = place.settings(
         tmp_path / "out", alpha=SOURCE_RANK, targets="q_proj, up_proj", steps=None, epochs=0.5, squeezes=1,
-        gradient_accumulation=2, optimizer_state="reset", learning_rate_restart=True,
+        gradient_accumulation=2, optimizer_state="reset", learning_rate_policy="restart",
     )  # fmt: skip
     trained = train(asked)
     assert trained.steps == 2, "half of ceil(48 examples / 8 / 2)"

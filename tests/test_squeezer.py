@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,19 @@ def test_restarted_learning_rate_runs_the_whole_curve_per_stage() -> None:
         rates.append(optimizer.param_groups[0]["lr"] / 1e-2)
         train(network, optimizer, squeezer, [step], scheduler)
     assert rates == pytest.approx([1, 0.75, 0.5, 0.25] * 3)
+
+
+def test_a_rate_by_rank_rises_as_the_rank_falls() -> None:
+    network = model()
+    optimizer = adamw(network)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 12)
+    squeezer = Squeezer(network, optimizer, Schedule((8, 4, 2), (4, 4, 4)), learning_rate="rank", scheduler=scheduler)
+    rates = []
+    for step in range(12):
+        rates.append(optimizer.param_groups[0]["lr"] / 1e-2)
+        train(network, optimizer, squeezer, [step], scheduler)
+    risen = [math.sqrt(8 / rank) for rank in (8, 4, 2) for _ in range(4)]
+    assert rates == pytest.approx([(1 - step / 12) * factor for step, factor in enumerate(risen)])
 
 
 def test_continued_learning_rate_is_not_touched() -> None:
@@ -398,9 +412,15 @@ def test_several_adapters_are_squeezed_on_their_own_schedules() -> None:
             r"begins at rank 16, but the adapter has rank 8; train it with LoraConfig\(r=16",
         ),
         (Adaptive(9, 10), {}, r"target rank 9 is above the adapter's rank 8"),
-        (Schedule((8, 2), (5, 5)), {"learning_rate": "cosine"}, r"learning_rate must be one of continue, restart"),
+        (
+            Schedule((8, 2), (5, 5)),
+            {"learning_rate": "cosine"},
+            r"learning_rate must be one of continue, restart, rank, got",
+        ),
         (Schedule((8, 2), (5, 5)), {"learning_rate": "restart"}, r"needs a LambdaLR scheduler, got NoneType"),
         (Adaptive(2, 10), {"learning_rate": "restart"}, r"an adaptive schedule has none"),
+        (Adaptive(2, 10), {"learning_rate": "rank"}, r"learning_rate='rank' needs .* an adaptive schedule has none"),
+        (Schedule((8, 2), (5, 5)), {"learning_rate": "rank"}, r"'rank' needs a LambdaLR scheduler, got NoneType"),
         (Schedule((8, 2), (5, 5)), {"optimizer_state": "x"}, r"optimizer_state must be one of transport, reset"),
         (Schedule((8, 2), (5, 5)), {"in_place": "x"}, r"in_place must be one of auto, replace, mask"),
         (Schedule((8, 2), (5, 5)), {"adapter": "x"}, r"no adapter 'x' in the model"),

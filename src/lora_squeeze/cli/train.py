@@ -115,7 +115,7 @@ def train(
     energy: Annotated[float | None, _option("energy")] = None,
     data_aware: Annotated[bool | None, _option("data_aware", "--data-aware")] = None,
     optimizer_state: Annotated[str | None, _option("optimizer_state")] = None,
-    learning_rate_restart: Annotated[bool | None, _option("learning_rate_restart", "--learning-rate-restart")] = None,
+    learning_rate_policy: Annotated[str | None, _option("learning_rate_policy")] = None,
     dtype: Annotated[str | None, _option("dtype")] = None,
     gradient_checkpointing: Annotated[bool | None, _option("gradient_checkpointing")] = None,
     cpu: Annotated[bool | None, _option("cpu", "--cpu")] = None,

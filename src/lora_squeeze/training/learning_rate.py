@@ -1,7 +1,8 @@
-"""The learning rate across squeezes: one curve over all, or the whole curve once per stage."""
+"""The learning rate across squeezes: one curve over all, one for each stage, or one that rises as ranks fall."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,15 +26,37 @@ def restart_each_stage(scheduler: Any, schedule: Schedule | Adaptive) -> None:
     Raises:
         LoraSqueezeError: no scheduler, another kind of scheduler, or an adaptive schedule.
     """
+    _change("restart", scheduler, schedule, _restarted)
+
+
+def rise_with_each_stage(scheduler: Any, schedule: Schedule | Adaptive) -> None:
+    """Make a scheduler's rate higher by the root of the ranks' ratio at lower ranks, which want higher rates.
+
+        factor(step) = curve(step) * sqrt(first rank / rank of the stage)
+
+    Args and errors as for `restart_each_stage`.
+    """
+    _change("rank", scheduler, schedule, _risen)
+
+
+def _change(name: str, scheduler: Any, schedule: Schedule | Adaptive, change: Callable[..., Any]) -> None:
     if isinstance(schedule, Adaptive):
-        raise LoraSqueezeError("learning_rate='restart' needs stages of known length; an adaptive schedule has none")
+        raise LoraSqueezeError(f"learning_rate={name!r} needs stages of known length; an adaptive schedule has none")
     inner = getattr(scheduler, "scheduler", scheduler)
     if not isinstance(inner, LambdaLR):
         raise LoraSqueezeError(
-            f"learning_rate='restart' needs a LambdaLR scheduler, got {type(inner).__name__}; use "
-            "learning_rate='continue', or restart the scheduler of your own"
+            f"learning_rate={name!r} needs a LambdaLR scheduler, got {type(inner).__name__}; use "
+            "learning_rate='continue', or change the scheduler of your own"
         )
-    inner.lr_lambdas = [_restarted(curve, schedule) for curve in inner.lr_lambdas]
+    inner.lr_lambdas = [change(curve, schedule) for curve in inner.lr_lambdas]
+
+
+def _risen(curve: Callable[[int], float], schedule: Schedule) -> Callable[[int], float]:
+    def factor(step: int) -> float:
+        stage = schedule.stage_after(min(step, schedule.total_steps))
+        return curve(step) * math.sqrt(schedule.ranks[0] / schedule.ranks[stage])
+
+    return factor
 
 
 def _restarted(curve: Callable[[int], float], schedule: Schedule) -> Callable[[int], float]:

@@ -198,7 +198,7 @@ def _callback(settings: TrainSettings, steps: int) -> Any:
         mode=mode,
         allocate=settings.allocate,  # type: ignore[arg-type]  # checked with the settings
         optimizer_state=settings.optimizer_state,
-        learning_rate="restart" if settings.learning_rate_restart else "continue",
+        learning_rate=settings.learning_rate_policy,
         data_aware=settings.data_aware,
         **schedule,
     )

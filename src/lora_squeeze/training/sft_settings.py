@@ -14,11 +14,11 @@ SOURCE_RANK = 64
 # Options that mean nothing for an adapter that is squeezed at once, and nothing without a teacher.
 _OF_NEW = (
     "source_rank", "mode", "alpha", "targets", "squeezes", "last_steps", "energy", "data_aware", "optimizer_state",
-    "learning_rate_restart", "method", "method_options",
+    "learning_rate_policy", "method", "method_options",
 )  # fmt: skip
 # Options of a squeeze while training, which another method than LoRA has no use for.
 _OF_SQUEEZES = (
-    "mode", "squeezes", "last_steps", "energy", "data_aware", "optimizer_state", "learning_rate_restart", "allocate",
+    "mode", "squeezes", "last_steps", "energy", "data_aware", "optimizer_state", "learning_rate_policy", "allocate",
     "distill",
 )  # fmt: skip
 _OF_TEACHER = ("temperature", "generate")
@@ -70,7 +70,9 @@ class TrainSettings:
         energy: share of the energy that a squeeze of the mode adaptive must keep.
         data_aware: truncate in the metric of the data, collected while training.
         optimizer_state: "transport" carries the moments over a squeeze (default), "reset" begins anew.
-        learning_rate_restart: run the whole curve of the learning rate once per stage instead of once over all.
+        learning_rate_policy: "continue", one curve of the learning rate over all stages (default), "restart", the whole
+            curve once per stage, or "rank", one curve times sqrt(source rank / rank), since lower ranks want higher
+            rates.
         dtype: number format of base weights and products, float32 or bfloat16; default bfloat16 where the hardware
             multiplies it. The factors are float32.
         gradient_checkpointing: compute activations twice instead of keeping them: less memory, about a fifth slower.
@@ -117,7 +119,7 @@ class TrainSettings:
     energy: float | None = None
     data_aware: bool = False
     optimizer_state: str = "transport"
-    learning_rate_restart: bool = False
+    learning_rate_policy: str = "continue"
     dtype: str | None = None
     gradient_checkpointing: bool = True
     cpu: bool = False
@@ -138,7 +140,10 @@ class TrainSettings:
             raise LoraSqueezeError(f"warmup is a share of the steps from 0 to below 1, got {self.warmup}")
         if min(self.seed, self.save_steps or 0) < 0:
             raise LoraSqueezeError(f"seed and save_steps must be at least 0, got {self.seed} and {self.save_steps}")
-        words = {"dtype": ("float32", "bfloat16"), "allocate": ALLOCATIONS, "optimizer_state": ("transport", "reset")}
+        words = {
+            "dtype": ("float32", "bfloat16"), "allocate": ALLOCATIONS, "optimizer_state": ("transport", "reset"),
+            "learning_rate_policy": ("continue", "restart", "rank"),
+        }  # fmt: skip
         for name, choices in words.items():
             if (word := getattr(self, name)) is not None and word not in choices:
                 raise LoraSqueezeError(f"{name} must be one of {', '.join(choices)}, got {word!r}")

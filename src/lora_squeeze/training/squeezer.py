@@ -31,14 +31,14 @@ from lora_squeeze.ranks import Allocation, Limits, Unit, choose, price
 from lora_squeeze.schedule import Schedule
 from lora_squeeze.training.commit import compact, make_room
 from lora_squeeze.training.inplace import Squeezed, check_request, squeeze_
-from lora_squeeze.training.learning_rate import restart_each_stage
+from lora_squeeze.training.learning_rate import restart_each_stage, rise_with_each_stage
 from lora_squeeze.training.live import LiveModule, holder_of, live_modules, only_adapter
 from lora_squeeze.training.live_ranks import grouped, loss_curve, units_of
 from lora_squeeze.training.other_method import STATISTICS, AnyModule, is_other, modules_of
 from lora_squeeze.training.resume import follow_loaded_ranks
 from lora_squeeze.training.statistics import Statistics
 
-RATES = ("continue", "restart")
+RATES = ("continue", "restart", "rank")
 
 
 class Squeezer:
@@ -54,8 +54,8 @@ class Squeezer:
         allocate: "uniform" gives every module the schedule's rank; "global" spends the parameters of that rank where
             they keep the most energy or, with `data_aware`, where the predicted increase of the loss is lowest.
         optimizer_state: "transport" carries moments into the new coordinates, "reset" begins anew.
-        learning_rate: "continue" leaves the curve alone; "restart" runs the whole curve once per stage, which needs
-            `scheduler`.
+        learning_rate: "continue" leaves the curve alone; "restart" runs the whole curve once per stage; "rank"
+            multiplies it by sqrt(source rank / rank). The last two need `scheduler`.
         scheduler: a torch LambdaLR (all schedulers of transformers by name but reduce_lr_on_plateau are).
         data_aware: collect statistics of inputs and gradients while training and truncate in their metric.
         in_place: "replace", "mask" or "auto", as in `squeeze_`.
@@ -103,6 +103,8 @@ class Squeezer:
         self.budgets = _budgets(modules, schedule) if state is None else [int(number) for number in state["budgets"]]
         if learning_rate == "restart":
             restart_each_stage(scheduler, schedule)
+        if learning_rate == "rank":
+            rise_with_each_stage(scheduler, schedule)
         wants_loss = isinstance(schedule, Adaptive) and schedule.loss is not None
         if (data_aware or wants_loss) and is_other(model, self.adapter):
             raise LoraSqueezeError(STATISTICS)
