@@ -87,6 +87,13 @@ def test_parameter_steps_are_those_trained(rows: list[Row]) -> None:
     assert halved["squeezes"][0][0] == 10
 
 
+def test_a_rising_rate_is_another_training(rows: list[Row]) -> None:
+    for method in ("in-equal", "in-proportional"):
+        plain, rising = (like(rows, method=name, rank=1)[0] for name in (method, f"{method}-rising"))
+        assert rising["parameter_steps"] == plain["parameter_steps"]
+        assert rising["loss"] != plain["loss"]
+
+
 def test_a_squeeze_says_its_energy_and_more_steps_lower_the_loss(rows: list[Row]) -> None:
     loss = {(row["method"], row["rank"]): row["loss"] for row in rows}
     assert loss["base", 0] > loss["direct", 8]

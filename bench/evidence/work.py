@@ -106,7 +106,8 @@ class _Work:
         job = self.job
         schedule = methods.SCHEDULES[job.method](job.source_rank, job.rank, job.steps)
         model = self.learner.attach(self._lora(job.source_rank), self.data, job.seed)
-        return model, train(self.learner, model, self.batches[: job.steps], job.rate, schedule)
+        rate = "rank" if job.method in methods.RISING else "continue"
+        return model, train(self.learner, model, self.batches[: job.steps], job.rate, schedule, learning_rate=rate)
 
     def _source(self) -> tuple[Any, Spent]:
         """Direct training; the source of squeezes is kept on disk, since much is derived from it."""

@@ -39,6 +39,8 @@ _LOOKS = {
     "in-equal": _Look("#0072B2", "-", "P"),
     "in-proportional": _Look("#0072B2", "--", "X"),
     "in-adaptive": _Look("#0072B2", ":", "*"),
+    "in-equal-rising": _Look("#56B4E9", "-", "P"),
+    "in-proportional-rising": _Look("#56B4E9", "--", "X"),
 }
 _OTHERS = [_Look(_GREY, line, marker) for line in ("-", "--", ":") for marker in ("h", "d", "p", "8")]
 
