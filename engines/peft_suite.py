@@ -69,15 +69,12 @@ def _unpack(folder: Path) -> None:
         archive.extractall(folder, filter="data")
 
 
-def asked_of(
-    cases: Mapping[str, Sequence[Any]], known: Sequence[Known], marks: Sequence[Any] = ()
-) -> Callable[[type], type]:
+def asked_of(cases: Mapping[str, Sequence[Any]], known: Sequence[Known]) -> Callable[[type], type]:
     """A class decorator: the inherited tests, with our cases.
 
     Args:
         cases: names of a test's parameters, as PEFT writes them -> our values for them.
         known: tests that must fail.
-        marks: of all tests.
     """
 
     def change(tests: type) -> type:
@@ -88,20 +85,18 @@ def asked_of(
             asked = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
             ours = [mark for mark in asked if mark.args[0] in cases]
             left_out = not ours or "prompt" in name
-            setattr(tests, name, None if left_out else _with(test, name, asked, cases, known, marks))
+            setattr(tests, name, None if left_out else _with(test, name, asked, cases, known))
         return tests
 
     return change
 
 
 def _with(
-    test: Any, name: str, asked: Sequence[Any], cases: Mapping[str, Sequence[Any]],
-    known: Sequence[Known], marks: Sequence[Any],
-) -> Any:  # fmt: skip
+    test: Any, name: str, asked: Sequence[Any], cases: Mapping[str, Sequence[Any]], known: Sequence[Known]
+) -> Any:
     copy: Any = types.FunctionType(test.__code__, test.__globals__, name, test.__defaults__, test.__closure__)
     copy.__kwdefaults__, copy.__module__ = test.__kwdefaults__, test.__module__
-    others = [mark for mark in test.pytestmark if mark.name != "parametrize"]
-    copy.pytestmark = [*others, *(mark.mark for mark in marks)]
+    copy.pytestmark = [mark for mark in test.pytestmark if mark.name != "parametrize"]
     for mark in asked:
         if mark.args[0] not in cases:
             copy.pytestmark.append(mark)

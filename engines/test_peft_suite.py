@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 
 import lora_squeeze.methods.adapters
 import lora_squeeze.methods.ranks  # noqa: F401 (both register their methods)
+from lora_squeeze.methods.catalogue import adapter_entries
 
 ALL = os.environ.get("PEFT_SUITE") == "all"
 HOME = tempfile.TemporaryDirectory(prefix="peft-suite-")  # goes with the process
-QUIET = [pytest.mark.filterwarnings("ignore")]  # PEFT's own warnings of PEFT's own models
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own warnings of PEFT's own models
 SETTINGS: dict[str, dict[str, Any]] = {
     "nola": {"r": 2, "bases": 12},
     "blocklora": {"r": 2, "blocks": 2},
@@ -75,12 +76,12 @@ def language_models() -> list[str]:
         "GPT2LMHeadModel": GPT2Config(initializer_range=0.2, **sizes),
         "OPTForCausalLM": OPTConfig(word_embed_proj_dim=16, ffn_dim=32, init_std=0.2, **sizes),
     }
-    folders = [f"{HOME.name}/tiny-random-{name}" for name in models]
-    for folder, config in zip(folders, models.values(), strict=True):
+    asked = list(models) if ALL else ["LlamaForCausalLM"]
+    for name in asked:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folders if ALL else folders[:1]
+            AutoModelForCausalLM.from_config(models[name]).save_pretrained(f"{HOME.name}/tiny-random-{name}")
+    return [f"{HOME.name}/tiny-random-{name}" for name in asked]
 
 
 def config_class(name: str) -> Any:
@@ -99,19 +100,25 @@ PAIRS = [
     for name, settings in SETTINGS.items()
     for kind, second in (("same", "lin0"), ("different", "lin1"))
 ]  # fmt: skip
+
+
+def test_every_method_is_asked() -> None:
+    assert {name.upper() for name in SETTINGS} == set(adapter_entries())
+
+
 custom, decoders = suite("test_custom_models"), suite("test_decoder_models")
 
 
 @asked_of(
     {"test_name, model_id, config_cls, config_kwargs": CASES,
      "config_cls": [(config_class(name),) for name in SETTINGS]},
-    KNOWN, QUIET,
+    KNOWN,
 )  # fmt: skip
 class TestCustomModels(custom.TestPeftCustomModel):
     """Layers of 10 x 20 and 20 x 2."""
 
 
-@asked_of({"test_name, tuner_method, config_cls, config_kwargs_1, config_kwargs_2": PAIRS}, KNOWN, QUIET)
+@asked_of({"test_name, tuner_method, config_cls, config_kwargs_1, config_kwargs_2": PAIRS}, KNOWN)
 class TestSeveralActive(custom.TestMultipleActiveAdapters):
     """Two adapters at once."""
 
@@ -120,7 +127,7 @@ class TestSeveralActive(custom.TestMultipleActiveAdapters):
     {"model_id": [(path,) for path in language_models()],
      "config_cls,config_kwargs": [(config_class(name), {"task_type": "CAUSAL_LM", "target_modules": None, **settings})
                                   for name, settings in SETTINGS.items()]},
-    KNOWN, QUIET,
+    KNOWN,
 )  # fmt: skip
 class TestDecoders(decoders.TestDecoderModels):
     """Language models with PEFT's default targets."""

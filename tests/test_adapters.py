@@ -318,62 +318,6 @@ def test_a_model_that_is_cast_and_cast_back_keeps_its_frozen_numbers(method: Met
         assert torch.equal(buffer, wanted[name]), name
 
 
-def test_the_global_generator_is_left_alone(method: Method) -> None:
-    with drawn_from(4):
-        state = torch.get_rng_state()
-        model = adapted(method)
-        model(batch()).sum().backward()
-        assert torch.equal(torch.get_rng_state(), state)
-
-
-def outputs(model: nn.Module) -> list[torch.Tensor]:
-    x = {size: torch.eye(size) for size in (IN, HIDDEN)}
-    return [layer(x[layer.in_features]).detach() for layer in layers(model).values()]
-
-
-def all_equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-
-
-def test_what_is_trained_begins_with_the_global_generator(method: Method) -> None:
-    def numbers(seed: int) -> list[torch.Tensor]:
-        with drawn_from(seed):
-            return outputs(get_peft_model(net(), method.config(init_weights=False)).eval())
-
-    assert all_equal(numbers(1), numbers(1))
-    assert not all_equal(numbers(1), numbers(2))
-
-
-def test_two_adapters_of_one_configuration_begin_apart(method: Method) -> None:
-    model = get_peft_model(net(), method.config(init_weights=False)).eval()
-    model.add_adapter("second", method.config(init_weights=False))
-    first = outputs(model)
-    model.set_adapter("second")
-    assert not all_equal(first, outputs(model.eval()))
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_a_new_adapter_is_in_the_mode_of_the_model(method: Method, training: bool) -> None:
-    model = get_peft_model(net().train(training), method.config(dropout=0.5))
-    model.add_adapter("second", method.config(dropout=0.5))
-    modes = {module.training for layer in layers(model).values() for module in layer.modules()}
-    assert modes == {training}
-
-
-def test_what_is_frozen_comes_from_the_seed_alone(method: Method) -> None:
-    def stored(global_seed: int, seed: int) -> list[torch.Tensor]:
-        with drawn_from(global_seed):
-            model = get_peft_model(net(), method.config(seed=seed, init_weights=False)).eval()
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in model.named_parameters():
-            if "_delta.default." in name:
-                parameter.data = torch.randn(parameter.shape, generator=generator)
-        return outputs(model)
-
-    assert all_equal(stored(1, 5), stored(2, 5))
-    assert all_equal(stored(1, 5), stored(1, 6)) == (not method.draws)
-
-
 def test_dropout_acts_while_training_only(method: Method) -> None:
     model = adapted(method, trained=True, dropout=0.5)
     assert torch.equal(model(batch()), model(batch()))

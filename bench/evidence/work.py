@@ -107,7 +107,14 @@ class _Work:
         schedule = methods.SCHEDULES[job.method](job.source_rank, job.rank, job.steps)
         model = self.learner.attach(self._lora(job.source_rank), self.data, job.seed)
         rate = "rank" if job.method in methods.RISING else "continue"
-        return model, train(self.learner, model, self.batches[: job.steps], job.rate, schedule, learning_rate=rate)
+        return model, self._train(model, self.batches[: job.steps], job.rate, schedule=schedule, learning_rate=rate)
+
+    def _train(self, model: Any, batches: list[Batch], rate: float, **options: Any) -> Spent:
+        """Dropout depends on the seed, not on what this process has done before."""
+        device = self.learner.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.job.seed)
+            return train(self.learner, model, batches, rate, **options)
 
     def _source(self) -> tuple[Any, Spent]:
         """Direct training; the source of squeezes is kept on disk, since much is derived from it."""
@@ -116,7 +123,7 @@ class _Work:
         kept = self._kept() if any(methods.from_source(want[0]) for want in job.wanted) else None
         if kept is not None and kept.exists():
             return model, _restore(model, kept)
-        spent = train(self.learner, model, self.batches[: job.steps], job.rate)
+        spent = self._train(model, self.batches[: job.steps], job.rate)
         if kept is not None:
             _keep(model, spent, kept)
         return model, spent
@@ -135,7 +142,7 @@ class _Work:
                 spent = Spent(source.seconds + took, source.parameter_steps, source.peak_mib)
                 if method in methods.CONTINUED:
                     assert rate is not None
-                    more = train(self.learner, small, self.batches[job.steps :], rate)
+                    more = self._train(small, self.batches[job.steps :], rate)
                     spent.seconds += more.seconds
                     spent.parameter_steps += more.parameter_steps
                     spent.losses = more.losses
@@ -145,7 +152,7 @@ class _Work:
         job = self.job
         config = configuration(job.method.removeprefix(PEFT), job.options, self.learner)
         model = self.learner.attach(config, self.data, job.seed)
-        spent = train(self.learner, model, self.batches[: job.steps], job.rate)
+        spent = self._train(model, self.batches[: job.steps], job.rate)
         ranks = [rank for method, rank, _ in job.wanted if method != job.method]
         if len(ranks) < len(job.wanted):
             yield self._row(job.method, 0, job.rate, model, spent, None)

@@ -10,44 +10,41 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lora_squeeze.adaptive import Adaptive
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.schedule import Schedule
+from lora_squeeze.schedule import LEARNING_RATES, Schedule
 
 
-def restart_each_stage(scheduler: Any, schedule: Schedule | Adaptive) -> None:
-    """Make a scheduler run its whole curve, warm-up included, once per stage, compressed to the stage's length.
+def follow_stages(policy: str, scheduler: Any, schedule: Schedule | Adaptive) -> None:
+    """Make a scheduler go by the stages of a schedule.
 
-        factor(step) = curve((step - first step of the stage) * total steps / steps of the stage)
+        "continue"  factor(step) = curve(step): nothing changes
+        "restart"   factor(step) = curve((step - first step of the stage) * total steps / steps of the stage)
+        "rank"      factor(step) = curve(step) * sqrt(first rank / rank of the stage)
+
+    "restart" runs the whole curve, warm-up included, once per stage, compressed to the stage's length.
 
     Args:
+        policy: one of these, `schedule.LEARNING_RATES`.
         scheduler: a LambdaLR; accelerate's wrapper will do. Its functions are replaced by ones that can be pickled no
             worse than before, and its state keeps its form.
         schedule: one with stages of known length.
 
     Raises:
-        LoraSqueezeError: no scheduler, another kind of scheduler, or an adaptive schedule.
+        LoraSqueezeError: another policy; but for "continue", no scheduler, another kind of scheduler, or an adaptive
+            schedule.
     """
-    _change("restart", scheduler, schedule, _restarted)
-
-
-def rise_with_each_stage(scheduler: Any, schedule: Schedule | Adaptive) -> None:
-    """Make a scheduler's rate higher by the root of the ranks' ratio at lower ranks, which want higher rates.
-
-        factor(step) = curve(step) * sqrt(first rank / rank of the stage)
-
-    Args and errors as for `restart_each_stage`.
-    """
-    _change("rank", scheduler, schedule, _risen)
-
-
-def _change(name: str, scheduler: Any, schedule: Schedule | Adaptive, change: Callable[..., Any]) -> None:
+    if policy not in LEARNING_RATES:
+        raise LoraSqueezeError(f"learning_rate must be one of {', '.join(LEARNING_RATES)}, got {policy!r}")
+    if policy == "continue":
+        return
     if isinstance(schedule, Adaptive):
-        raise LoraSqueezeError(f"learning_rate={name!r} needs stages of known length; an adaptive schedule has none")
+        raise LoraSqueezeError(f"learning_rate={policy!r} needs stages of known length; an adaptive schedule has none")
     inner = getattr(scheduler, "scheduler", scheduler)
     if not isinstance(inner, LambdaLR):
         raise LoraSqueezeError(
-            f"learning_rate={name!r} needs a LambdaLR scheduler, got {type(inner).__name__}; use "
+            f"learning_rate={policy!r} needs a LambdaLR scheduler, got {type(inner).__name__}; use "
             "learning_rate='continue', or change the scheduler of your own"
         )
+    change = _restarted if policy == "restart" else _risen
     inner.lr_lambdas = [change(curve, schedule) for curve in inner.lr_lambdas]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.ranks import ALLOCATIONS
+from lora_squeeze.schedule import LEARNING_RATES
 
 SOURCE_RANK = 64
 # Options that mean nothing for an adapter that is squeezed at once, and nothing without a teacher.
@@ -71,8 +72,7 @@ class TrainSettings:
         data_aware: truncate in the metric of the data, collected while training.
         optimizer_state: "transport" carries the moments over a squeeze (default), "reset" begins anew.
         learning_rate_policy: "continue", one curve of the learning rate over all stages (default), "restart", the whole
-            curve once per stage, or "rank", one curve times sqrt(source rank / rank), since lower ranks want higher
-            rates.
+            curve once per stage, or "rank", one curve times sqrt(source rank / rank).
         dtype: number format of base weights and products, float32 or bfloat16; default bfloat16 where the hardware
             multiplies it. The factors are float32.
         gradient_checkpointing: compute activations twice instead of keeping them: less memory, about a fifth slower.
@@ -142,7 +142,7 @@ class TrainSettings:
             raise LoraSqueezeError(f"seed and save_steps must be at least 0, got {self.seed} and {self.save_steps}")
         words = {
             "dtype": ("float32", "bfloat16"), "allocate": ALLOCATIONS, "optimizer_state": ("transport", "reset"),
-            "learning_rate_policy": ("continue", "restart", "rank"),
+            "learning_rate_policy": LEARNING_RATES,
         }  # fmt: skip
         for name, choices in words.items():
             if (word := getattr(self, name)) is not None and word not in choices:

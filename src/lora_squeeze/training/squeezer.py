@@ -31,14 +31,12 @@ from lora_squeeze.ranks import Allocation, Limits, Unit, choose, price
 from lora_squeeze.schedule import Schedule
 from lora_squeeze.training.commit import compact, make_room
 from lora_squeeze.training.inplace import Squeezed, check_request, squeeze_
-from lora_squeeze.training.learning_rate import restart_each_stage, rise_with_each_stage
+from lora_squeeze.training.learning_rate import follow_stages
 from lora_squeeze.training.live import LiveModule, holder_of, live_modules, only_adapter
 from lora_squeeze.training.live_ranks import grouped, loss_curve, units_of
 from lora_squeeze.training.other_method import STATISTICS, AnyModule, is_other, modules_of
 from lora_squeeze.training.resume import follow_loaded_ranks
 from lora_squeeze.training.statistics import Statistics
-
-RATES = ("continue", "restart", "rank")
 
 
 class Squeezer:
@@ -98,13 +96,8 @@ class Squeezer:
         check_request(modules, optimizer, optimizer_state, in_place)
         if state is None:
             self._check_schedule(modules)
-        if learning_rate not in RATES:
-            raise LoraSqueezeError(f"learning_rate must be one of {', '.join(RATES)}, got {learning_rate!r}")
         self.budgets = _budgets(modules, schedule) if state is None else [int(number) for number in state["budgets"]]
-        if learning_rate == "restart":
-            restart_each_stage(scheduler, schedule)
-        if learning_rate == "rank":
-            rise_with_each_stage(scheduler, schedule)
+        follow_stages(learning_rate, scheduler, schedule)
         wants_loss = isinstance(schedule, Adaptive) and schedule.loss is not None
         if (data_aware or wants_loss) and is_other(model, self.adapter):
             raise LoraSqueezeError(STATISTICS)

@@ -7,7 +7,8 @@ b, one number per basis matrix, are trained and stored: the count depends neithe
 
 a and b begin at 0. A_0 is uniform in +-1 / sqrt(in) as in the authors' code (their equations leave it out, but with
 both factors at zero nothing would ever move), so dW = 0 at the start, b has a gradient from the first step on and a
-from the second. In the authors' code A_0 is drawn with the global generator; here it belongs to the seed too.
+from the second. In the authors' code A_0 is drawn with the global generator; here it comes from the seed, as the bases
+do.
 
 As a plain LoRA: exact at rank r.
 """
