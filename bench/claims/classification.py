@@ -93,7 +93,7 @@ def _measured(
     specs = [f"{_NAMES.get(arm.split()[0], arm.split()[0])} {arm}{json.dumps(ARMS[arm])}" for arm in arms]
     rates, rows = folder / "classification-rates.jsonl", folder / "classification.jsonl"
     common = ["--model", "minilm", "--ranks", *map(str, ranks), "--methods", "--peft", *specs, *options]
-    evidence(["tune", "--tasks", tasks[0], "--rows", str(rates), *common])
+    evidence(["tune", "--tasks", tasks[0], "--rows", str(rates), "--guess", "3e-3", *common])
     files = ["--rates", str(rates), "--rows", str(rows)]
     evidence(["run", "--tasks", *tasks, "--seeds", *map(str, seeds), *files, *common])
     return [row for row in read_rows([rows]) if row["kind"] == "result" and row["method"] != "base"]

@@ -14,6 +14,7 @@ from bench.evidence import methods, tasks
 from bench.evidence.learners import NAMES
 from bench.evidence.plan import Asked, final_jobs, tuning_jobs
 from bench.evidence.rows import Row, append, read_rows
+from bench.evidence.tune import GUESS
 from bench.evidence.work import PEFT, Job, work
 from bench.machine import commit, machine
 from lora_squeeze.demo.model import user_cache
@@ -77,6 +78,7 @@ def _asked(given: Any) -> Asked:
         model=given.model, tasks=given.tasks, seeds=given.seeds, methods=given.methods, ranks=given.ranks,
         source_rank=given.source_rank, steps=given.steps or steps, batch=given.batch or batch,
         examples=given.examples, store=str(given.store), foreign=foreign, rate=given.rate,
+        guess=given.guess,
     )  # fmt: skip
 
 
@@ -102,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, help="examples a step")
     parser.add_argument("--examples", type=int, default=256, help="measured on")
     parser.add_argument("--rate", type=float, help="learning rate of all methods, in place of the tuned ones")
+    parser.add_argument("--guess", type=float, default=GUESS, help="where the search for a learning rate begins")
     parser.add_argument("--workers", type=int, help="processes; default one for each core")
     parser.add_argument("--ray", help="address of a Ray cluster, in place of this machine")
     parser.add_argument("--store", type=Path, default=user_cache() / "evidence", help="folder for trained sources")

@@ -27,6 +27,7 @@ class Asked:
         store: folder for trained sources.
         foreign: "peft:NAME" -> settings of PEFT's configuration; words after the name tell several settings apart.
         rate: for every method, in place of the tuned ones.
+        guess: where the search for a learning rate begins.
     """
 
     model: str
@@ -41,6 +42,7 @@ class Asked:
     store: str
     foreign: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rate: float | None = None
+    guess: float = GUESS
 
 
 def final_jobs(asked: Asked, rows: Sequence[Row]) -> dict[str, Job]:
@@ -102,9 +104,9 @@ def _has_source(asked: Asked) -> bool:
 def _guess(asked: Asked, rows: Sequence[Row], method: str, rank: int) -> float:
     """The best rate of the source, once it is known."""
     if (method, rank) == (methods.SOURCE, asked.source_rank) or method.startswith(PEFT):
-        return GUESS
+        return asked.guess
     known = like(rows, method=methods.SOURCE, rank=asked.source_rank)
-    return chosen_rate(known, asked.model, methods.SOURCE, asked.source_rank, asked.steps) if known else GUESS
+    return chosen_rate(known, asked.model, methods.SOURCE, asked.source_rank, asked.steps) if known else asked.guess
 
 
 def _tuning_job(
