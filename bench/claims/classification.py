@@ -8,7 +8,7 @@ the feed-forward part (384 x 1536). A new linear head is trained in full in ever
 Differences are of runs that are paired by task and seed, in points of accuracy, with the standard error over all pairs:
 the two tasks differ in what is learned, so six pairs are not six draws of one thing. A claim is not decided where its
 bound lies within one standard error. "energy" is the share of the trained update's squared singular values that a plain
-LoRA of that rank keeps.
+LoRA of that rank keeps. The seconds are those in the training loops of the final runs, on one core each.
 
 The cards of the methods ask for more shots, tasks and starts than this; what is not here has not been measured.
 """
@@ -19,6 +19,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bench.claims.outcome import Finding, Outcome, Row, difference, mean_and_error, shown
@@ -113,18 +114,25 @@ def _told(rows: list[Row]) -> Outcome:
                 [100 * row["accuracy"] for row in mine if row["task"] == task]
             )
         outcome.rows.append(told)
-    outcome.rows += _energies(rows)
+    outcome.rows += _small(rows)
+    outcome.seconds = round(sum(row["seconds"] for row in own), 1)
     return outcome
 
 
-def _energies(rows: Sequence[Row]) -> Iterator[Row]:
+def _small(rows: Sequence[Row]) -> Iterator[Row]:
+    """What becomes of an arm as a plain LoRA, by rank."""
+    whole = {(_arm(row), row["task"], row["seed"]): row for row in rows if not row["method"].endswith(" squeezed")}
     squeezed = [row for row in rows if row["method"].endswith(" squeezed")]
-    for arm in dict.fromkeys(_arm(row) for row in squeezed):
-        told: Row = {"part": "energy that a plain LoRA keeps, mean over tasks and seeds", "arm": arm}
-        for rank in sorted({row["rank"] for row in squeezed}, reverse=True):
-            energies = [row["energy"] for row in squeezed if _arm(row) == arm and row["rank"] == rank]
-            told[f"rank {rank}"] = sum(energies) / len(energies)
-        yield told
+    for part, value in (
+        ("energy that a plain LoRA keeps, mean over tasks and seeds", lambda row, _: row["energy"]),
+        ("points of accuracy that it gains", lambda row, before: 100 * (row["accuracy"] - before["accuracy"])),
+    ):
+        for arm in dict.fromkeys(_arm(row) for row in squeezed):
+            told: Row = {"part": part, "arm": arm}
+            for rank in sorted({row["rank"] for row in squeezed}, reverse=True):
+                mine = [row for row in squeezed if _arm(row) == arm and row["rank"] == rank]
+                told[f"rank {rank}"] = fmean(value(row, whole[arm, row["task"], row["seed"]]) for row in mine)
+            yield told
 
 
 def _arm(row: Row) -> str:

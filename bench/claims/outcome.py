@@ -30,10 +30,17 @@ class Finding:
 
 @dataclass
 class Outcome:
-    """Rows of numbers and what they say. A row has "part", the experiment it belongs to, and columns of its own."""
+    """Rows of numbers and what they say.
+
+    Args:
+        rows: each has "part", the experiment it belongs to, and columns of its own.
+        findings: what they say.
+        seconds: that it took, where it goes on from a run that was cut; None: since it was started.
+    """
 
     rows: list[Row] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    seconds: float | None = None
 
 
 def best_rate(loss_at: Callable[[float], float], guess: float = GUESS) -> float:
