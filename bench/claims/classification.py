@@ -141,7 +141,9 @@ def _arm(row: Row) -> str:
 
 
 def _numbers(row: Row) -> int:
-    """Trained ones beside the head."""
+    """Trained ones beside the head; of those at scale 0, none counts."""
+    if row["options"].get("lora_alpha") == 0:
+        return 0
     classes = {"sentiment": 3, "syllables": 4}.get(row["task"], 0)
     return int(row["parameters"]) - classes * 385
 
