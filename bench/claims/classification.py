@@ -145,7 +145,7 @@ def _numbers(row: Row) -> int:
     if row["options"].get("lora_alpha") == 0:
         return 0
     classes = {"sentiment": 3, "syllables": 4}.get(row["task"], 0)
-    return int(row["parameters"]) - classes * 385
+    return round(row["parameter_steps"] / row["steps"]) - classes * 385
 
 
 def _findings(by_arm: dict[str, dict[tuple[str, int], float]]) -> Iterator[Finding]:

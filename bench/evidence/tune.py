@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from bench.evidence.rows import Row, like
 
 GUESS = 3e-4
-LOWEST, HIGHEST = 1e-6, 1e-1
+LOWEST, HIGHEST = 1e-6, 1e1
 
 
 def on_grid(step: int) -> float:
