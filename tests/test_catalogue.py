@@ -8,12 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_cases import command
 
 from lora_squeeze.formats.peft_methods import row_of
 from lora_squeeze.methods.catalogue import BEGIN, CATALOGUE, END, Entry, as_markdown, becomes, write_into
+from lora_squeeze.training.sft_settings import TrainSettings
 
 ROOT = Path(__file__).parents[1]
 NAMES = [entry.name for entry in CATALOGUE]
@@ -26,7 +28,8 @@ def test_names_are_unique_and_all_methods_have_their_fields() -> None:
         assert entry.family in ("adapters", "ranks"), entry.name
         assert entry.route in ("exact", "squeezed"), entry.name
         assert bool(entry.rank) == (entry.route == "exact"), entry.name
-        assert not entry.record or (ROOT / entry.record / "README.md").is_file(), entry.name
+        page, _, section = entry.record.partition("#")
+        assert f"\n## {section}\n" in (ROOT / page).read_text(encoding="utf-8"), entry.name
 
 
 @pytest.mark.parametrize("entry", CATALOGUE, ids=NAMES)
@@ -90,7 +93,20 @@ def test_the_command_tells_one_in_full(tmp_path: Path) -> None:
     told = command(tmp_path, "methods", "nola").out
     assert "NOLA (arXiv 2310.02556), adapters" in told
     assert "lora-squeeze train MODEL DATA -o OUT --method nola --rank 8" in told
+    assert "learning rate: 3 times that of a LoRA" in told
     assert json.loads(command(tmp_path, "methods", "nola", "--json").out)["config"] == "NolaConfig"
+
+
+def test_the_learning_rate_of_training_is_that_of_the_method_unless_given(tmp_path: Path) -> None:
+    def peak(**changes: Any) -> float:
+        return TrainSettings("model", "data", tmp_path / "out", **changes).peak_rate
+
+    assert peak() == peak(method="wara") == peak(method="loha") == 2e-4
+    assert peak(method="svfit") == peak(method="SVFIT") == pytest.approx(30 * peak())
+    assert peak(method="vera") == pytest.approx(10 * peak()), "one of PEFT's own"
+    assert peak(method="svfit", learning_rate=1e-3) == 1e-3
+    settings = TrainSettings("model", "data", tmp_path / "out", method="svfit")
+    assert settings.to_json()["learning_rate"] == settings.peak_rate
 
 
 def test_an_unknown_method_is_refused(tmp_path: Path) -> None:

@@ -45,11 +45,12 @@ def _told(entry: object, end: str) -> list[str]:
     from lora_squeeze.methods.catalogue import Entry
 
     assert isinstance(entry, Entry)
-    lines = [
+    return [
         f"{entry.title} (arXiv {entry.paper}), {entry.family}",
         f"update: {entry.update}",
         f"as a plain LoRA: {end}",
         f"train: lora-squeeze train MODEL DATA -o OUT --method {entry.name} --rank 8",
         f"Python: {entry.module}" + (f".{entry.config}" if entry.config else ""),
+        f"learning rate: {entry.rate:g} times that of a LoRA, to begin with",
+        f"measured: {entry.record}",
     ]
-    return [*lines, f"measured: {entry.record}"] if entry.record else lines

@@ -304,7 +304,7 @@ def _arguments(settings: TrainSettings, steps: int, model: Any, measured: bool) 
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.peak_rate,
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup,  # below 1, this is a share
         max_length=settings.max_length,

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.methods.catalogue import rate_factor
 from lora_squeeze.ranks import ALLOCATIONS
 from lora_squeeze.schedule import LEARNING_RATES
 
 SOURCE_RANK = 64
+LEARNING_RATE = 2e-4  # of a LoRA
 # Options that mean nothing for an adapter that is squeezed at once, and nothing without a teacher.
 _OF_NEW = (
     "source_rank", "mode", "alpha", "targets", "squeezes", "last_steps", "energy", "data_aware", "optimizer_state",
@@ -57,7 +59,8 @@ class TrainSettings:
         epochs: instead of steps, passes over the data; default 1.
         batch_size: examples per forward pass; default 8.
         gradient_accumulation: forward passes per optimiser step; default 1.
-        learning_rate: highest value, reached after the warm-up, on a cosine curve; default 2e-4.
+        learning_rate: highest value, reached after the warm-up, on a cosine curve; default 2e-4, for another method
+            times the factor that `lora-squeeze methods METHOD` tells.
         warmup: share of the steps in which the learning rate rises from 0; default 0.05.
         max_length: most tokens of an example, the rest is cut off; default 1024. Batches are padded to their longest.
         alpha: value of lora_alpha at the source rank; default twice the source rank, so that the scale is 2. A squeeze
@@ -108,7 +111,7 @@ class TrainSettings:
     epochs: float | None = None
     batch_size: int = 8
     gradient_accumulation: int = 1
-    learning_rate: float = 2e-4
+    learning_rate: float | None = None
     warmup: float = 0.05
     max_length: int = 1024
     alpha: int | None = None
@@ -185,6 +188,11 @@ class TrainSettings:
         return SOURCE_RANK if self.method is None else self.rank
 
     @property
+    def peak_rate(self) -> float:
+        """The learning rate, given or by default."""
+        return LEARNING_RATE * rate_factor(self.method) if self.learning_rate is None else self.learning_rate
+
+    @property
     def checkpoints(self) -> Path:
         """The folder beside the output where checkpoints are until the output is written."""
         real = self.output.expanduser().resolve()
@@ -192,4 +200,4 @@ class TrainSettings:
 
     def to_json(self) -> dict[str, Any]:
         """All options as plain data."""
-        return {**asdict(self), "output": str(self.output)}
+        return {**asdict(self), "output": str(self.output), "learning_rate": self.peak_rate}

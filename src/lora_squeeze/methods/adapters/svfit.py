@@ -10,7 +10,7 @@ largest |s - s0|.
 There is no code of the authors, and of the paper's body nothing was at hand. That r is the full width by default is an
 inference from its count, a sixteenth of a LoRA of rank 8; it also speaks of the top values with 99 % of the
 information, which is `energy` here, measured in squares: that reading is ours. `relative` and `nonnegative` are
-additions of ours. The rate must be higher than a LoRA's, as there are few numbers: try 1e-3 to 5e-2.
+additions of ours. The rate must be higher than a LoRA's, as there are few numbers: try 1e-3 to 1e-1.
 
 As a plain LoRA: exact at rank r, which is large; the best LoRA of rank k has the k largest |s - s0|. Not with a small
 r: only the r directions u_i v_i^T can change, and a change of full rank in no special direction has 1 / width of its
