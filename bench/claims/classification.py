@@ -72,6 +72,15 @@ ARMS: dict[str, dict[str, Any]] = {
     "SORA": _on_qv(r=8, threshold=1e-3),
     "BLORA": _on_qv(r=8, alpha=16),
     "MAESTRO": _on_qv(r=8, alpha=16),
+    "DYLORA": _on_qv(r=8, alpha=16),
+    "MATRYOSHKA": _on_qv(r=8),
+    "DIFFORA": _on_qv(r=8, alpha=16),
+    "TRP factors": _on_qv(form="factors", r=8, alpha=16),
+    "TRP dense": _on_qv(r=8),
+    "LIFT": _on_qv(r=8, refresh=50),
+    "SARA": _on_qv(fraction=1 / 24),
+    "QUERYABLE": _on_qv(r=8, alpha=16),
+    "RANDLORA": _on_qv(r=48),
 }  # fmt: skip
 _NAMES = {"SNELL": "SNELLA"}  # arms whose first word is not the method's name
 _QUICK = ("LORA r=1", "NOLA")

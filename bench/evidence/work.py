@@ -22,6 +22,7 @@ from bench.evidence.learners.base import Batch, Learner
 from bench.evidence.loop import Spent, evaluate, order, train
 from bench.evidence.rows import Row
 from bench.evidence.saved import configuration, saved
+from lora_squeeze.methods.adapters.queryable_lora import fix_routes
 from lora_squeeze.training.ask import calibrate
 
 CALIBRATION_BATCHES = 8
@@ -157,6 +158,8 @@ class _Work:
         if len(ranks) < len(job.wanted):
             yield self._row(job.method, 0, job.rate, model, spent, None)
         if ranks:
+            if not getattr(config, "static", True):
+                fix_routes(model, map(self.learner.inputs, self.batches[:CALIBRATION_BATCHES]))
             with saved(self.learner, self.data, model, job.seed) as folder:
                 for rank, (energy, small) in folder.converted(ranks):
                     yield self._row(f"{job.method} squeezed", rank, job.rate, small, spent, energy)

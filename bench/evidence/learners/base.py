@@ -67,6 +67,9 @@ class Learner(Protocol):
     def usable(self, data: Data, examples: Sequence[Example]) -> list[Example]:
         """The examples that fit."""
 
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What the model is called with, without labels."""
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean loss of one batch, in nats a unit."""
 

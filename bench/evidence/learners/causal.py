@@ -112,10 +112,11 @@ class SmolLM2:
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         kept = batch["labels"].shape[1] + 1
         with autocast(self.device, choose_precision(self.device)):
-            found: Tensor = model(**self._inputs(batch), logits_to_keep=kept, use_cache=False).logits
+            found: Tensor = model(**self.inputs(batch), logits_to_keep=kept, use_cache=False).logits
         return found[:, :-1].float()
 
-    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """See `Learner`."""
         return {"input_ids": batch["ids"], "attention_mask": batch["mask"]}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

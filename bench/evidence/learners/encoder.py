@@ -80,14 +80,18 @@ class MiniLM:
         labels = torch.tensor([data.classes.index(example.answer) for example in examples])
         return {name: tensor.to(self.device) for name, tensor in {**encoded, "labels": labels}.items()}
 
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """See `Learner`."""
+        return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean over the texts."""
         with autocast(self.device, choose_precision(self.device)):
-            logits: Tensor = model(**{name: t for name, t in batch.items() if name != "labels"}).logits
+            logits: Tensor = model(**self.inputs(batch)).logits
         return nn.functional.cross_entropy(logits.float(), batch["labels"])
 
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         """By text."""
         with autocast(self.device, choose_precision(self.device)):
-            logits: Tensor = model(**{name: t for name, t in batch.items() if name != "labels"}).logits
+            logits: Tensor = model(**self.inputs(batch)).logits
         return Scores.of(logits.unsqueeze(1), batch["labels"].unsqueeze(1), ignored=-100)

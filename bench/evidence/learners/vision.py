@@ -46,8 +46,9 @@ class Vision(SmolLM2):
             raise SystemExit(f"the task {data.name} has examples without a picture: a text model learns those")
         return {**super()._batch(data, examples), "pixels": pixels(images).to(self.device)}
 
-    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
-        return {**super()._inputs(batch), "pixel_values": batch["pixels"]}
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """See `Learner`."""
+        return {**super().inputs(batch), "pixel_values": batch["pixels"]}
 
 
 class TinyVision(Vision):
