@@ -34,10 +34,13 @@ def cluster() -> Iterator[Any]:
 
     # Not below pytest's folder: Ray puts sockets there, and the path of a socket has to be short.
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    home = Path(folder, "ray")  # where Ray writes the address of a cluster, which it does not make by itself
+    home.mkdir()
     with pytest.MonkeyPatch.context() as patch, sigterm_kept():
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_TMPDIR", folder)
         patch.setenv("PYTHONPATH", str(HERE))  # where the nodes find the jobs
-        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": folder} | SMALL)
+        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": str(home)} | SMALL)
     try:
         add_node(found)
         yield found
