@@ -24,7 +24,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "mkl": torch.backends.mkl.is_available(),
-        **{name: version(name) for name in ("lora-squeeze", "torch", "safetensors", "peft", "numpy")},
+        **{name: version(name) for name in ("lora-squeeze", "torch", "safetensors", "peft", "transformers", "numpy")},
     }
 
 

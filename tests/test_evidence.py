@@ -24,7 +24,7 @@ from bench.evidence.plan import Asked, final_jobs, tuning_jobs
 from bench.evidence.rows import Row, append, like, read_rows
 from bench.evidence.tune import chosen_rate, next_rates, on_grid
 from bench.evidence.tune import place as on_grid_place
-from bench.evidence.work import Job, work
+from bench.evidence.work import KEY, Job, work
 from lora_squeeze.errors import LoraSqueezeError
 
 EXAMPLES = [Example(f"{n:03d} =", f"{n % 7}") for n in range(300)]
@@ -171,7 +171,7 @@ def test_rates_are_walked_to_the_best_on_validation_data(store: Path) -> None:
     else:
         raise AssertionError("the search does not end")
     for rank, rate in best.items():
-        assert chosen_rate(found, "tiny", "direct", rank, 20) == rate
+        assert chosen_rate(found, "direct", rank) == rate
     tried = {row["rate"] for row in like(found, method="direct", rank=1)}
     assert tried == {1e-3, 3e-3, 1e-2, 3e-2}  # about the best of the source, then one beyond the best
     final = final_jobs(wanted, found)
@@ -179,9 +179,9 @@ def test_rates_are_walked_to_the_best_on_validation_data(store: Path) -> None:
 
 
 def _tuned(job: Job, method: str, rank: int, rate: float, loss: float) -> Row:
-    names = ("task", "model", "seed", "steps", "batch", "purpose", "source_rank")
-    key = {name: getattr(job, name) for name in names}
-    return {"kind": "result", **key, "method": method, "rank": rank, "rate": rate, "loss": loss, "options": {}}
+    key = {name: getattr(job, name) for name in KEY}
+    source = job.rate if methods.from_source(method) else None
+    return {"kind": "result", **key, "method": method, "rank": rank, "rate": rate, "source_rate": source, "loss": loss}
 
 
 def test_the_grid_of_rates() -> None:
@@ -189,13 +189,27 @@ def test_the_grid_of_rates() -> None:
     assert [on_grid_place(on_grid(n)) for n in range(-6, 5)] == list(range(-6, 5))
 
 
+def test_rows_of_another_setting_or_rate_are_not_taken_for_done(store: Path) -> None:
+    wanted = asked(store, methods=["direct", "post", "in-equal"], rate=1e-3)
+    rows = []
+    for job in final_jobs(wanted, []).values():
+        for method, rank, rate in job.wanted:
+            row = {"method": method, "rank": rank, "rate": rate, **{name: getattr(job, name) for name in KEY}}
+            rows.append({"kind": "result", **row, "source_rate": job.rate if methods.from_source(method) else None})
+    assert not final_jobs(wanted, rows)
+    everything = {name for name, job in final_jobs(wanted, []).items() if job.method != "base"}
+    assert set(final_jobs(replace(wanted, rate=3e-3), rows)) == {n.replace("0.001", "0.003") for n in everything}
+    for other in (replace(wanted, precision="bfloat16"), replace(wanted, weights="others"), replace(wanted, batch=99)):
+        assert everything < set(final_jobs(other, rows))
+
+
 def test_a_rate_at_which_training_breaks_is_not_chosen() -> None:
-    row = {"kind": "result", "purpose": "tune", "model": "m", "method": "direct", "rank": 1, "steps": 1}
+    row = {"method": "direct", "rank": 1}
     found = [{**row, "rate": 1e-3, "loss": 1.0}, {**row, "rate": 3e-3, "loss": float("nan")}]
     assert next_rates(found) == [3e-4]
-    assert chosen_rate(found, "m", "direct", 1, 1) == 1e-3
-    with pytest.raises(SystemExit, match="no learning rate for post at rank 2 on m: tune first, or give --rate"):
-        chosen_rate(found, "m", "post", 2, 1)
+    assert chosen_rate(found, "direct", 1) == 1e-3
+    with pytest.raises(SystemExit, match="no learning rate for post at rank 2: tune first, or give --rate"):
+        chosen_rate(found, "post", 2)
 
 
 def test_scores_against_a_count_by_hand() -> None:
@@ -206,8 +220,9 @@ def test_scores_against_a_count_by_hand() -> None:
     assert scores.loss.tolist() == pytest.approx(
         [-probabilities[i, j, k].log().item() for i, j, k in ((0, 0, 0), (1, 0, 1), (1, 1, 1))]
     )
+    likeliest = probabilities.amax(-1)
     assert scores.confidence.tolist() == pytest.approx(
-        [probabilities[i, j].max().item() for i, j in ((0, 0), (1, 0), (1, 1))]
+        [likeliest[0, 0].item(), (likeliest[1, 0] * likeliest[1, 1]).item()]
     )
     assert scores.right.tolist() == [True, True, False]
     assert scores.exact.tolist() == [True, False]
@@ -319,7 +334,7 @@ def test_tuned_and_then_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     found = like(read_rows([rows]), kind="result")
     assert {row["part"] for row in found} == {"test"}
     for row in like(found, method="direct"):
-        assert row["rate"] == chosen_rate(tuned, "tiny", "direct", row["rank"], 4)
+        assert row["rate"] == chosen_rate(tuned, "direct", row["rank"])
     assert "direct 4 seed 0: loss" in capsys.readouterr().out
 
 

@@ -104,7 +104,7 @@ def _loss(arm: str, rate: float, seed: int, purpose: str, quick: bool) -> Row:
             Job(
                 model=model, task=task, seed=seed, method=method, rank=0, rate=rate, wanted=((method, 0, rate),),
                 steps=steps, batch=batch, source_rank=0, purpose=purpose, examples=examples, store=store,
-                options=options,
+                weights="", precision="", options=options,
             )
         )  # fmt: skip
     return row

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.evidence import methods, tasks
-from bench.evidence.learners import NAMES
+from bench.evidence.learners import NAMES, learner
 from bench.evidence.plan import Asked, final_jobs, tuning_jobs
 from bench.evidence.rows import Row, append, read_rows
 from bench.evidence.tune import GUESS
@@ -20,6 +20,7 @@ from bench.machine import commit, machine
 from lora_squeeze.demo.model import user_cache
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.fleet.pool import run_jobs
+from lora_squeeze.runtime import choose_precision
 
 BUDGETS = {"smollm2": (100, 8), "vlm": (60, 8), "minilm": (200, 16), "tiny": (20, 4), "tiny-vlm": (20, 4)}
 
@@ -74,11 +75,12 @@ def _asked(given: Any) -> Asked:
     for text in given.peft:
         name, brace, options = text.partition("{")
         foreign[f"{PEFT}{name}"] = json.loads(brace + options) if brace else {}
+    base = learner(given.model)
     return Asked(
         model=given.model, tasks=given.tasks, seeds=given.seeds, methods=given.methods, ranks=given.ranks,
         source_rank=given.source_rank, steps=given.steps or steps, batch=given.batch or batch,
         examples=given.examples, store=str(given.store), foreign=foreign, rate=given.rate,
-        guess=given.guess,
+        guess=given.guess, weights=base.weights, precision=choose_precision(base.device),
     )  # fmt: skip
 
 

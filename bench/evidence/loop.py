@@ -157,8 +157,8 @@ def evaluate(learner: Learner, model: Any, batches: Sequence[Batch]) -> dict[str
     """Loss, accuracies and calibration errors.
 
     Loss in nats a unit; `accuracy` is the share of examples that are right as a whole, `unit_accuracy` that of tokens
-    (or classes); the calibration errors and `brier`, the mean of (confidence - right)^2, are of the likeliest choice of
-    each unit.
+    (or classes). The calibration errors and `brier`, the mean of (confidence - right)^2, are of whole answers, with the
+    right answer's tokens before each one.
     """
     was = model.training
     model.eval()
@@ -174,8 +174,8 @@ def evaluate(learner: Learner, model: Any, batches: Sequence[Batch]) -> dict[str
         "loss": scores.loss.double().mean().item(),
         "accuracy": scores.exact.double().mean().item(),
         "unit_accuracy": scores.right.double().mean().item(),
-        **{name: None if broken else error(scores.confidence, scores.right) for name, error in errors.items()},
-        "brier": (scores.confidence.double() - scores.right.double()).square().mean().item(),
+        **{name: None if broken else error(scores.confidence, scores.exact) for name, error in errors.items()},
+        "brier": (scores.confidence.double() - scores.exact.double()).square().mean().item(),
         "units": len(scores.loss),
         "examples": len(scores.exact),
     }

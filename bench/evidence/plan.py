@@ -10,7 +10,7 @@ from typing import Any
 from bench.evidence import methods
 from bench.evidence.rows import Row, like
 from bench.evidence.tune import GUESS, chosen_rate, next_rates
-from bench.evidence.work import PEFT, Job
+from bench.evidence.work import KEY, PEFT, SETTING, Job
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Asked:
         foreign: "peft:NAME" -> settings of PEFT's configuration; words after the name tell several settings apart.
         rate: for every method, in place of the tuned ones.
         guess: where the search for a learning rate begins.
+        weights, precision: of the base model, and of the products in training and measuring. Rows of others are not
+            rows of this run.
     """
 
     model: str
@@ -43,6 +45,8 @@ class Asked:
     foreign: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rate: float | None = None
     guess: float = GUESS
+    weights: str = ""
+    precision: str = ""
 
 
 def final_jobs(asked: Asked, rows: Sequence[Row]) -> dict[str, Job]:
@@ -62,7 +66,7 @@ def tuning_jobs(asked: Asked, rows: Sequence[Row]) -> dict[str, Job]:
 
     The others wait for the source: its rate is where they begin, and what cont goes on from.
     """
-    mine = like(rows, kind="result", purpose="tune", model=asked.model, steps=asked.steps)
+    mine = _tuned(asked, rows)
     jobs: dict[str, Job] = {}
     waiting = False
     for method, rank in _arms(asked):
@@ -106,14 +110,20 @@ def _guess(asked: Asked, rows: Sequence[Row], method: str, rank: int) -> float:
     if (method, rank) == (methods.SOURCE, asked.source_rank) or method.startswith(PEFT):
         return asked.guess
     known = like(rows, method=methods.SOURCE, rank=asked.source_rank)
-    return chosen_rate(known, asked.model, methods.SOURCE, asked.source_rank, asked.steps) if known else asked.guess
+    return chosen_rate(known, methods.SOURCE, asked.source_rank) if known else asked.guess
+
+
+def _tuned(asked: Asked, rows: Sequence[Row]) -> list[Row]:
+    """Trials of learning rates for this model and budget."""
+    setting = {name: getattr(asked, name) for name in SETTING}
+    return like(rows, kind="result", purpose="tune", **setting)
 
 
 def _tuning_job(
     asked: Asked, rows: Sequence[Row], task: str, seed: int, method: str, rank: int, rate: float
 ) -> Job:  # fmt: skip
     if method in methods.CONTINUED:
-        source = chosen_rate(rows, asked.model, methods.SOURCE, asked.source_rank, asked.steps)
+        source = chosen_rate(rows, methods.SOURCE, asked.source_rank)
         trained = (methods.SOURCE, asked.source_rank, source)
     else:
         trained = (method, rank, rate)
@@ -122,11 +132,12 @@ def _tuning_job(
 
 def _cell(asked: Asked, rows: Sequence[Row], task: str, seed: int) -> Iterator[Job]:
     """All jobs of one task and seed, the longest first."""
+    tuned = _tuned(asked, rows)
 
     def rate(method: str, rank: int) -> float:
         if asked.rate is not None:
             return asked.rate
-        return chosen_rate(rows, asked.model, method, rank, asked.steps)
+        return chosen_rate(tuned, method, rank)
 
     def job(method: str, rank: int, wanted: Sequence[tuple[str, int, float | None]]) -> Job:
         return _job(asked, task, seed, method, rank, rate(method, rank), tuple(wanted), "final")
@@ -157,7 +168,8 @@ def _job(
     return Job(
         model=asked.model, task=task, seed=seed, method=method, rank=rank, rate=rate, wanted=wanted,
         steps=asked.steps, batch=asked.batch, source_rank=asked.source_rank, purpose=purpose,
-        examples=asked.examples, store=asked.store, options=dict(asked.foreign.get(method, {})),
+        examples=asked.examples, store=asked.store, weights=asked.weights, precision=asked.precision,
+        options=dict(asked.foreign.get(method, {})),
     )  # fmt: skip
 
 
@@ -171,8 +183,8 @@ def _name(job: Job) -> str:
 
 def _done(rows: Sequence[Row], job: Job, wanted: tuple[str, int, float | None]) -> bool:
     method, rank, rate = wanted
-    key: dict[str, Any] = {name: getattr(job, name) for name in ("model", "task", "seed", "steps", "batch", "purpose")}
-    if job.purpose == "tune":
-        key["rate"] = rate
-    key |= {"method": method, "rank": rank, "source_rank": job.source_rank, "options": job.options}
+    key: dict[str, Any] = {name: getattr(job, name) for name in KEY}
+    key |= {"method": method, "rank": rank, "rate": rate}
+    if methods.from_source(method):
+        key["source_rate"] = job.rate
     return bool(like(rows, kind="result", **key))

@@ -50,14 +50,17 @@ def mean_losses(rows: Sequence[Row]) -> dict[float, float]:
     return {rate: sum(losses) / len(losses) for rate, losses in found.items()}
 
 
-def chosen_rate(rows: Sequence[Row], model: str, method: str, rank: int, steps: int) -> float:
+def chosen_rate(tuned: Sequence[Row], method: str, rank: int) -> float:
     """The rate of the lowest mean loss on validation data.
+
+    Args:
+        tuned: finished runs of one model with one budget.
+        method, rank: of which the rate is wanted.
 
     Raises:
         SystemExit: nothing has been tried for this method and rank.
     """
-    tried = like(rows, kind="result", purpose="tune", model=model, method=method, rank=rank, steps=steps)
-    losses = mean_losses(tried)
+    losses = mean_losses(like(tuned, method=method, rank=rank))
     if not losses:
-        raise SystemExit(f"no learning rate for {method} at rank {rank} on {model}: tune first, or give --rate")
+        raise SystemExit(f"no learning rate for {method} at rank {rank}: tune first, or give --rate")
     return min(sorted(losses), key=losses.__getitem__)

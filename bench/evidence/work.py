@@ -29,6 +29,8 @@ CALIBRATION_BATCHES = 8
 EVALUATION_BATCH = 32
 SCALE = 2  # lora_alpha / r, at every rank
 PEFT = "peft:"
+SETTING = ("model", "steps", "batch", "source_rank", "weights", "precision")
+KEY = (*SETTING, "task", "seed", "purpose", "options")  # with method, rank and rate: what a row is a row of
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Job:
         purpose: "final" measures on test data, "tune" on validation data.
         examples: how many of them.
         store: folder where the sources are kept, to go on from after a cut.
+        weights, precision: of the base model, and of the products.
         options: settings of PEFT's configuration.
     """
 
@@ -61,6 +64,8 @@ class Job:
     purpose: str
     examples: int
     store: str
+    weights: str
+    precision: str
     options: Mapping[str, Any]
 
 
@@ -107,8 +112,8 @@ class _Work:
         job = self.job
         schedule = methods.SCHEDULES[job.method](job.source_rank, job.rank, job.steps)
         model = self.learner.attach(self._lora(job.source_rank), self.data, job.seed)
-        rate = "rank" if job.method in methods.RISING else "continue"
-        return model, self._train(model, self.batches[: job.steps], job.rate, schedule=schedule, learning_rate=rate)
+        policy = methods.LEARNING_RATES.get(job.method, "continue")
+        return model, self._train(model, self.batches[: job.steps], job.rate, schedule=schedule, learning_rate=policy)
 
     def _train(self, model: Any, batches: list[Batch], rate: float, **options: Any) -> Spent:
         """Dropout depends on the seed, not on what this process has done before."""
@@ -178,8 +183,8 @@ class _Work:
         tensors = [] if empty else list(_trained(model).values())
         return {
             "kind": "result",
-            **{name: getattr(job, name) for name in ("task", "model", "seed", "steps", "batch", "purpose")},
-            "source_rank": job.source_rank,
+            **{name: getattr(job, name) for name in KEY},
+            "data": self.data.source,
             "method": method,
             "rank": rank,
             "rate": rate,
@@ -194,12 +199,13 @@ class _Work:
             "energy": energy,
             "train_loss": _mean(spent.losses[-10:]),
             "squeezes": [[entry["step"], entry["energy"]] for entry in spent.history],
-            "options": dict(job.options),
         }
 
     def _kept(self) -> Path:
         job = self.job
-        name = f"{job.model}-{job.task}-{job.seed}-{job.steps}x{job.batch}-{job.rank}-{job.rate:g}"
+        name = "-".join(
+            map(str, (job.weights, job.precision, job.task, job.seed, f"{job.steps}x{job.batch}", job.rank, job.rate))
+        )
         safe = "".join(c if c.isalnum() or c in "-." else "_" for c in name)
         return Path(job.store) / f"{safe}.safetensors"
 

@@ -21,14 +21,15 @@ class Scores:
 
     Args:
         loss: nats of each unit.
-        confidence: probability of the likeliest choice, by unit.
-        right: whether that choice is the right one, by unit.
-        exact: whether all units of an example are right, by example: greedy decoding then writes the right answer.
+        right: whether the likeliest choice is the right one, by unit.
+        confidence: by example, the product of the probabilities of the likeliest choices.
+        exact: whether all units of an example are right, by example: greedy decoding then writes the right answer, and
+            `confidence` is the probability that the model gives to what it writes.
     """
 
     loss: Tensor
-    confidence: Tensor
     right: Tensor
+    confidence: Tensor
     exact: Tensor
 
     @staticmethod
@@ -39,7 +40,8 @@ class Scores:
         best, choice = found.max(-1)
         gold = found.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         right = choice == labels
-        return Scores(-gold[counted], best[counted].exp(), right[counted], (right | ~counted).all(-1))
+        confidence = (best * counted).sum(-1).exp()
+        return Scores(-gold[counted], right[counted], confidence, (right | ~counted).all(-1))
 
     @staticmethod
     def join(parts: Sequence[Scores]) -> Scores:
@@ -54,6 +56,10 @@ class Learner(Protocol):
     device: torch.device
     targets: Any  # PEFT's target_modules for plain LoRA
     task_type: str | None
+
+    @property
+    def weights(self) -> str:
+        """What the base model's numbers are, in words that are the same wherever these numbers are."""
 
     def attach(self, config: Any, data: Data, seed: int) -> Any:
         """A PEFT model with a fresh adapter; the one before is taken off."""

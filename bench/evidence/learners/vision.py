@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.evidence.data import Data, Example
 from bench.evidence.learners.base import Batch
 from bench.evidence.learners.causal import SmolLM2
-from bench.evidence.vlm import IMAGE_TOKENS, image_token_id, load_vlm, pixels, tiny_vlm
+from bench.evidence.vlm import IMAGE_TOKENS, image_token_id, load_vlm, pixels, tiny_vlm, weights_digest
 
 
 class Vision(SmolLM2):
@@ -21,6 +21,11 @@ class Vision(SmolLM2):
 
     name = "vlm"
     targets: Any = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+    @property
+    def weights(self) -> str:
+        """See `Learner`."""
+        return weights_digest()
 
     def _load(self) -> Any:
         return load_vlm()[0]
@@ -56,6 +61,7 @@ class TinyVision(Vision):
 
     name = "tiny-vlm"
     device = torch.device("cpu")
+    weights = "random"
 
     def _load(self) -> Any:
         return tiny_vlm()[0]

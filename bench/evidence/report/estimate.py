@@ -56,8 +56,9 @@ def decide(found: Estimate | None, noise: float) -> str:
     """Whether what is estimated lies above 0.
 
     Returns:
-        "yes": the mean is more than `noise` standard errors above 0, and so are most tasks (more than half are above
-        0); "no": the same below 0; "undecided": anything else, and whenever there is no standard error.
+        "yes": the mean is above 0 beyond doubt, and more tasks are above 0 than below; "no": the same below 0;
+        "undecided": anything else, and whenever there is no standard error. Beyond doubt: more standard errors than
+        Student's t exceeds in 2.5 % of draws.
     """
     if found is None or found.error is None or math.isnan(found.error):
         return OPEN

@@ -16,6 +16,7 @@ alone; the tower's projections have the same names, so PEFT is given a pattern:
     target_modules=r".*language_model.*\\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """
 
+import hashlib
 from functools import partial
 from typing import Any
 
@@ -39,3 +40,10 @@ def load_vlm() -> tuple[Any, Any]:
     model, tokenizer = with_language_model(tower_config(**RECIPE.tower), RECIPE.seeing.seed)
     read_weights(model, folder / WEIGHTS)
     return model, tokenizer
+
+
+def weights_digest() -> str:
+    """Tower and projector, which are made first if they are missing, by their SHA-256: processors round differently."""
+    from bench.evidence.vlm.build import WEIGHTS, built
+
+    return f"vlm {hashlib.sha256((built(partial(print, flush=True)) / WEIGHTS).read_bytes()).hexdigest()[:12]}"
