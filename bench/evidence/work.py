@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -81,6 +82,8 @@ class _Work:
         self.data: Data = tasks.load(job.task)
         part = {"tune": "validation", "final": "test"}[job.purpose]
         measured = self.learner.usable(self.data, getattr(self.data, part))[: job.examples]
+        answers = Counter(example.answer for example in measured)
+        self.commonest = max(answers.values()) / len(measured)  # accuracy of the answer that is right most often
         self.measured = self.learner.batches(self.data, measured, EVALUATION_BATCH)
         more = methods.more_steps(job.steps)
         # The source is trained on the first batches, cont goes on with the next ones; the statistics are those of
@@ -191,6 +194,7 @@ class _Work:
             "source_rate": job.rate if methods.from_source(method) else None,
             "part": {"tune": "validation", "final": "test"}[job.purpose],
             **evaluate(self.learner, model, self.measured),
+            "commonest": self.commonest,
             "parameters": sum(t.numel() for t in tensors),
             "bytes": sum(t.numel() * t.element_size() for t in tensors),
             "seconds": round(spent.seconds, 2),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from bench.evidence.report.results import Run
 
 YES, NO, OPEN = "yes", "no", "undecided"
+_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18)  # 97.5 %, by degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class Estimate:
         """Number of tasks above 0."""
         return sum(value > 0 for value in self.by_task.values())
 
+    @property
+    def surely(self) -> float:
+        """Standard errors that are beyond doubt: 97.5 % of Student's t lie below."""
+        freedom = (len(self.by_task) if len(self.by_task) > 1 else self.runs) - 1
+        return _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 1.96 + 2.6 / freedom
+
     def plus(self, number: float) -> Estimate:
         """The same, moved."""
         moved = {task: value + number for task, value in self.by_task.items()}
@@ -52,7 +59,7 @@ def estimate(values: Mapping[Run, float]) -> Estimate | None:
     )
 
 
-def decide(found: Estimate | None, noise: float) -> str:
+def decide(found: Estimate | None) -> str:
     """Whether what is estimated lies above 0.
 
     Returns:
@@ -63,8 +70,8 @@ def decide(found: Estimate | None, noise: float) -> str:
     if found is None or found.error is None or math.isnan(found.error):
         return OPEN
     for sign, answer in ((1, YES), (-1, NO)):
-        most = sum(sign * value > 0 for value in found.by_task.values()) > len(found.by_task) / 2
-        if most and sign * found.mean > noise * found.error:
+        most = sum((value > 0) - (value < 0) for value in found.by_task.values()) * sign > 0
+        if most and sign * found.mean > found.surely * found.error:
             return answer
     return OPEN
 

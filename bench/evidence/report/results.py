@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bench.evidence.methods import DEFAULT_METHODS, METHODS, SOURCE
+from bench.evidence.methods import METHODS, SOURCE
 from bench.evidence.rows import Row, read_rows
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.scores import aurac
@@ -20,7 +20,7 @@ Arm = tuple[str, int]  # method, rank; rank 0 where a method has none
 Run = tuple[str, int]  # task, seed
 _KEY = ("task", "method", "rank", "seed", "purpose")
 _NEEDED = (*_KEY, "model", "loss", "accuracy")
-_SETTING = ("model", "steps", "batch", "source_rank")
+_SETTING = ("model", "steps", "batch", "source_rank", "precision", "weights")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Measure:
         title: with unit.
         factor, digits: of the number that is shown.
         sign: 1 if larger is better, -1 if smaller is.
+        relative: whether differences are told as shares of what the source gains on the base model on that task.
     """
 
     field: str
@@ -39,11 +40,14 @@ class Measure:
     factor: float
     digits: int
     sign: int
+    relative: bool = False
 
 
 ACCURACY = Measure("accuracy", "accuracy, %", 100, 2, 1)
 UNITS = Measure("unit_accuracy", "units right, %", 100, 2, 1)
 LOSS = Measure("loss", "loss, nats a unit", 1, 4, -1)
+LEARNED = Measure("loss", "loss, % of what the source gains on the base model", 100, 2, -1, relative=True)
+LEAST = {ACCURACY: 0.10, LEARNED: 0.0}  # what the source must gain for a task to count
 
 
 @dataclass
@@ -51,7 +55,7 @@ class Results:
     """All rows of one model with one budget.
 
     Args:
-        setting: model, steps, batch and source rank.
+        setting: model, steps, batch, source rank, precision and the origin of the base model's weights.
         cells: final rows by (task, seed), then by (method, rank).
         tuning: rows of learning rates tried.
     """
@@ -68,9 +72,14 @@ class Results:
     @property
     def title(self) -> str:
         """The model and its budget."""
-        steps, batch, rank = (self.setting[name] for name in _SETTING[1:])
+        steps, batch, rank, precision = (self.setting[name] for name in _SETTING[1:5])
         budget = f"{steps} steps" + (f" of {batch} examples" if batch is not None else "")
-        parts = [self.name, *([budget] if steps is not None else []), *([f"source rank {rank}"] if rank else [])]
+        parts = [
+            self.name,
+            *([budget] if steps is not None else []),
+            *([f"source rank {rank}"] if rank else []),
+            *filter(None, [precision]),
+        ]
         return ", ".join(parts)
 
     @cached_property
@@ -104,11 +113,11 @@ class Results:
     def core(self) -> list[str]:
         """The methods of the main tables."""
         present = {method for method, _ in self.arms}
-        return [method for method in DEFAULT_METHODS if method in present]
+        return [method for method in METHODS if method in present]
 
     def further(self) -> list[str]:
         """All others but the base model."""
-        return [m for m in dict.fromkeys(method for method, _ in self.arms) if m not in (*DEFAULT_METHODS, BASE[0])]
+        return [m for m in dict.fromkeys(method for method, _ in self.arms) if m not in (*METHODS, BASE[0])]
 
     def core_ranks(self) -> list[int]:
         """Target ranks of the main tables: all that any core method has."""
@@ -129,8 +138,27 @@ class Results:
 
     def gains(self, arm: Arm, other: Arm, measure: Measure, runs: Iterable[Run]) -> dict[Run, float]:
         """How much better an arm is than another, by (task, seed)."""
-        mine, theirs = (self.values(a, measure.field, runs) for a in (arm, other))
-        return {run: measure.sign * (mine[run] - theirs[run]) for run in mine}
+        return self.better(*(self.values(a, measure.field, runs) for a in (arm, other)), measure)
+
+    def better(self, mine: Mapping[Run, float], theirs: Mapping[Run, float], measure: Measure) -> dict[Run, float]:
+        """How much better the first values are, by (task, seed)."""
+        gains = {run: measure.sign * (mine[run] - theirs[run]) for run in mine}
+        if not measure.relative:
+            return gains
+        sizes = {task: self.gained(task, measure) for task in {task for task, _ in gains}}
+        return {run: gain / sizes[run[0]] for run, gain in gains.items()}
+
+    def gained(self, task: str, measure: Measure) -> float:
+        """What the source gains, mean over the seeds: by accuracy, on the better of base model and commonest answer."""
+        runs = [run for run in self.balanced([BASE, self.source]) if run[0] == task]
+        base, source = (self.values(arm, measure.field, runs) for arm in (BASE, self.source))
+        if measure is ACCURACY:
+            base = {run: max(base[run], _number(self.cells[run][BASE].get("commonest", 0.0))) for run in runs}
+        return sum(measure.sign * (source[run] - base[run]) for run in runs) / len(runs) if runs else math.nan
+
+    def learned(self, measure: Measure) -> list[str]:
+        """The tasks on which the source gains something, or by accuracy 10 points: the others can tell nothing."""
+        return [task for task in self.tasks if self.gained(task, measure) > LEAST[measure]]
 
     def areas(self, method: str, ranks: Sequence[int], measure: Measure, runs: Iterable[Run]) -> dict[Run, float]:
         """AURAC over these ranks on the log2 axis, by (task, seed)."""
@@ -188,7 +216,8 @@ def read(paths: Sequence[Path]) -> Report:
     Of rows with one key the first counts, by the time in the row, so that the order of files does not matter.
 
     Raises:
-        LoraSqueezeError: a file that is not there, or a result without one of the figures that are needed.
+        LoraSqueezeError: a file that is not there, a result without one of the figures that are needed, or results of
+            several learning rates as those of one arm.
     """
     for path in paths:
         if not path.is_file():
@@ -200,7 +229,7 @@ def gather(rows: Iterable[Row]) -> Report:
     """The same from rows in memory."""
     ordered = sorted(rows, key=lambda row: (str(row.get("time", "")), json.dumps(row, sort_keys=True)))
     models: dict[tuple[Any, ...], Results] = {}
-    seen: set[str] = set()
+    seen: dict[str, Any] = {}
     duplicates = 0
     for row in ordered:
         if row.get("kind") != "result":
@@ -211,10 +240,15 @@ def gather(rows: Iterable[Row]) -> Report:
         setting = tuple(row.get(name) for name in _SETTING)
         rate = row.get("rate") if row["purpose"] == "tune" else None
         key = json.dumps([setting, [row[name] for name in _KEY], row.get("options"), rate], sort_keys=True)
-        duplicates += key in seen
-        if key not in seen:
-            seen.add(key)
+        if key in seen:
+            duplicates += 1
+            if seen[key] != row.get("rate"):
+                raise LoraSqueezeError(f"results of one arm with two learning rates; leave one out: {key}")
+        else:
+            seen[key] = row.get("rate")
             _put(models.setdefault(setting, Results(dict(zip(_SETTING, setting, strict=True)))), row)
+    for results in models.values():
+        _refuse_mixed(results)
     order = sorted(models, key=lambda setting: [(part is not None, part) for part in setting])
     machines = [row for row in ordered if row.get("kind") == "machine"]
     return Report([models[setting] for setting in order], machines, duplicates)
@@ -232,6 +266,18 @@ def _put(results: Results, row: Row) -> None:
     else:
         arms = results.cells.setdefault((row["task"], row["seed"]), {})
         arms[method_name(row), row["rank"]] = row
+
+
+def _refuse_mixed(results: Results) -> None:
+    """What is squeezed must come from the source beside it."""
+    for (task, seed), cell in results.cells.items():
+        source = cell.get(results.source)
+        for (method, rank), row in cell.items():
+            if source and row.get("source_rate") not in (None, source.get("rate")):
+                raise LoraSqueezeError(
+                    f"{task}, seed {seed}: {method} at rank {rank} comes from a source with learning rate "
+                    f"{row['source_rate']}, the source has {source.get('rate')}; leave one out"
+                )
 
 
 def _number(value: Any) -> float:

@@ -4,9 +4,14 @@ The claims are those of the paper (arXiv 2602.10993), (a) to (d), and two of thi
 written before there were results.
 
 What is compared is the gain of one arm over another on the same task and seed: difference of accuracy, or of loss with
-the sign turned, so that more is better. Seeds are averaged within a task. `decide` answers for each rank whether a
-quantity lies above 0: "yes" if its mean is more than 2 standard errors above and most tasks are above, "no" if the same
-holds below, else "undecided". Then, unless its own text says otherwise, a claim
+the sign turned, so that more is better. Losses of tasks differ, so theirs is told as a share of what the source gains
+on the base model on that task: 1 % of a task that is learned easily counts as much as 1 % of another. A task counts by
+loss if the source is better than the base model, and by accuracy if it is 10 points above both the base model and the
+commonest answer: below that, nothing can be told apart.
+
+Seeds are averaged within a task. `decide` answers for each rank whether a quantity lies above 0: "yes" if its mean is
+above 0 beyond doubt (the two-sided test of Student at 5 %) and more tasks are above than below, "no" if the same holds
+below, else "undecided". Then, unless its own text says otherwise, a claim
 
 - holds, if the answer is yes at every rank that counts;
 - does not hold, if the answer is no at every rank that counts;
@@ -34,10 +39,10 @@ from bench.evidence.report.estimate import (
     pooled_deviation,
     spread,
 )
-from bench.evidence.report.results import ACCURACY, LOSS, Arm, Measure, Results, Run
+from bench.evidence.report.results import ACCURACY, BASE, LEARNED, Arm, Measure, Results, Run
 
-NOISE = 2.0  # standard errors
-MODERATE = 8  # times smaller than the source, at most
+MODERATE = 4  # times smaller than the source, at most
+NOISE_SHARE = 0.05  # of what the source gains: no more is noise
 EXTREME = 2  # rank, at most
 RECOVERED = 0.9
 SLACK = 1.0  # standard errors that In-Squeeze may be below direct training
@@ -73,22 +78,25 @@ class Verdict:
 def moderate(results: Results, measure: Measure) -> Verdict:
     """(a) At moderate compression Post-Squeeze is within noise of the source.
 
-    Ranks that count: from source rank / 8 on. Noise is what another seed does to the source: the standard deviation of
-    the source over seeds, pooled over tasks. The quantity is the gain of post over the source plus this noise; the
-    answer is yes if post is, beyond doubt, no further below the source than the noise. With one seed nothing is
-    decided. How often post is better than direct training at its rank is told, and decides nothing.
+    Ranks that count: from source rank / 4 on; the next lower one is told. Noise is what another seed does to the
+    source: the standard deviation of the source over seeds, pooled over tasks, but no more than 5 % of what the source
+    gains. The quantity is the gain of post over the source plus this noise; the answer is yes if post is, beyond doubt,
+    no further below the source than the noise. With one seed nothing is decided. How often post is better than direct
+    training at its rank is told, and decides nothing.
     """
-    ranks = [rank for rank in results.ranks("post", SOURCE) if rank * MODERATE >= results.source[1]]
-    runs = _runs(results, ranks, "post", SOURCE)
-    noise = pooled_deviation(results.values(results.source, measure.field, runs))
+    shown = [rank for rank in results.ranks("post", SOURCE) if 2 * rank * MODERATE >= results.source[1]]
+    runs = _runs(results, shown, measure, "post", SOURCE)
+    noise = _noise(results, measure, runs)
     answers, rows = {}, []
-    for rank in ranks if runs else []:
+    for rank in shown if runs else []:
         gain = _gain(results, ("post", rank), results.source, measure, runs)
         over = results.gains(("post", rank), (SOURCE, rank), measure, runs)
-        answers[rank] = OPEN if noise is None else decide(gain.plus(noise), NOISE)
+        answer = OPEN if noise is None else decide(gain.plus(noise))
+        if rank * MODERATE >= results.source[1]:
+            answers[rank] = answer
         wins = f"{sum(value > 0 for value in over.values())} of {len(over)}"
         told = "-" if noise is None else number(noise, measure.digits, measure.factor)
-        rows.append([str(rank), _told(gain, measure), told, _told(estimate(over), measure), wins, answers[rank]])
+        rows.append([str(rank), _told(gain, measure), told, _told(estimate(over), measure), wins, answer])
     head = ["rank", "post over source", "noise of the source", "post over direct", "better than direct", "within noise"]
     return _verdict("a", measure, answers, runs, head, rows)
 
@@ -99,11 +107,11 @@ def extreme(results: Results, measure: Measure) -> Verdict:
     Ranks that count: 1 and 2. The quantity is the gain of direct over post.
     """
     ranks = [rank for rank in results.ranks("post", SOURCE) if rank <= EXTREME]
-    runs = _runs(results, ranks, "post", SOURCE)
+    runs = _runs(results, ranks, measure, "post", SOURCE)
     answers, rows = {}, []
     for rank in ranks if runs else []:
         gain = _gain(results, (SOURCE, rank), ("post", rank), measure, runs)
-        answers[rank] = decide(gain, NOISE)
+        answers[rank] = decide(gain)
         rows.append([str(rank), _told(gain, measure), _most(gain), answers[rank]])
     return _verdict("b", measure, answers, runs, ["rank", "direct over post", "tasks", "worse"], rows)
 
@@ -117,20 +125,20 @@ def recovery(results: Results, reference: str) -> Verdict:
     told is the one of the mean losses.
     """
     ranks = results.ranks("post", "cont", SOURCE)
-    runs = _runs(results, ranks, "post", "cont", SOURCE)
+    runs = _runs(results, ranks, LEARNED, "post", "cont", SOURCE)
     answers: dict[int, str] = {}
     rows = []
     for rank in ranks if runs else []:
         other = results.source if reference == "source" else (SOURCE, rank)
-        gap = _gain(results, other, ("post", rank), LOSS, runs)
-        back = results.gains(("cont", rank), ("post", rank), LOSS, runs)
-        lost = results.gains(other, ("post", rank), LOSS, runs)
+        gap = _gain(results, other, ("post", rank), LEARNED, runs)
+        back = results.gains(("cont", rank), ("post", rank), LEARNED, runs)
+        lost = results.gains(other, ("post", rank), LEARNED, runs)
         beyond = _estimated({run: back[run] - RECOVERED * lost[run] for run in runs})
-        answers[rank] = decide(beyond, NOISE) if decide(gap, NOISE) == YES else NOTHING
+        answers[rank] = decide(beyond) if decide(gap) == YES else NOTHING
         share = f"{_estimated(back).mean / gap.mean:.0%}" if answers[rank] != NOTHING else "-"
-        rows.append([str(rank), _told(gap, LOSS), share, _told(beyond, LOSS), _most(beyond), answers[rank]])
+        rows.append([str(rank), _told(gap, LEARNED), share, _told(beyond, LEARNED), _most(beyond), answers[rank]])
     head = ["rank", f"{reference} over post", "recovered", "beyond 90 %", "tasks", "at least 90 %"]
-    return _verdict(f"c, against {reference}", LOSS, answers, runs, head, rows)
+    return _verdict(f"c, against {reference}", LEARNED, answers, runs, head, rows)
 
 
 def best_curve(results: Results, measure: Measure, method: str) -> Verdict:
@@ -143,7 +151,7 @@ def best_curve(results: Results, measure: Measure, method: str) -> Verdict:
     """
     rivals = [SOURCE, "post", "cont"]
     ranks = results.ranks(method, *rivals)
-    runs = _runs(results, ranks, method, *rivals)
+    runs = _runs(results, ranks, measure, method, *rivals)
     claim = f"d, {method}"
     if not runs:
         return Verdict(claim, measure, UNMEASURED)
@@ -151,9 +159,9 @@ def best_curve(results: Results, measure: Measure, method: str) -> Verdict:
     rows, first = [], {}
     for rival in rivals:
         theirs = results.areas(rival, ranks, measure, runs)
-        gain = _estimated({run: measure.sign * (mine[run] - theirs[run]) for run in runs})
-        first[f"AURAC over {rival}"] = decide(gain, NOISE)
-        rows.append([f"AURAC over {rival}", _told(gain, measure), _most(gain), decide(gain, NOISE)])
+        gain = _estimated(results.better(mine, theirs, measure))
+        first[f"AURAC over {rival}"] = decide(gain)
+        rows.append([f"AURAC over {rival}", _told(gain, measure), _most(gain), decide(gain)])
     second = {}
     for rank in ranks:
         gain = _gain(results, (method, rank), (SOURCE, rank), measure, runs)
@@ -172,20 +180,20 @@ def free_gain(results: Results) -> Verdict:
     The quantity is the gain of post-data over post. The share that is told is the one of the mean losses.
     """
     ranks = results.ranks("post", "post-data")
-    runs = _runs(results, ranks, "post", "post-data")
+    runs = _runs(results, ranks, LEARNED, "post", "post-data")
     answers, rows, shares = {}, [], []
     for rank in ranks if runs else []:
-        gap = _gain(results, results.source, ("post", rank), LOSS, runs)
-        gain = _gain(results, ("post-data", rank), ("post", rank), LOSS, runs)
-        answers[rank] = decide(gain, NOISE) if decide(gap, NOISE) == YES else NOTHING
+        gap = _gain(results, results.source, ("post", rank), LEARNED, runs)
+        gain = _gain(results, ("post-data", rank), ("post", rank), LEARNED, runs)
+        answers[rank] = decide(gain) if decide(gap) == YES else NOTHING
         if answers[rank] != NOTHING:
             shares.append(gain.mean / gap.mean)
         share = f"{shares[-1]:.0%}" if answers[rank] != NOTHING else "-"
-        rows.append([str(rank), _told(gap, LOSS), share, _told(gain, LOSS), _most(gain), answers[rank]])
+        rows.append([str(rank), _told(gap, LEARNED), share, _told(gain, LEARNED), _most(gain), answers[rank]])
     if shares:
         rows.append(["mean", "", f"{sum(shares) / len(shares):.0%}", "", "", ""])
     head = ["rank", "source over post", "closed", "post-data over post", "tasks", "closes a part"]
-    return _verdict("e", LOSS, answers, runs, head, rows)
+    return _verdict("e", LEARNED, answers, runs, head, rows)
 
 
 def rank_per_module(results: Results, measure: Measure, plan: str, uniform: str) -> Verdict:
@@ -196,7 +204,7 @@ def rank_per_module(results: Results, measure: Measure, plan: str, uniform: str)
     one. Plans with more than 1.01 times the bytes, on the mean, are undecided.
     """
     ranks = results.ranks(plan, uniform)
-    runs = _runs(results, ranks, plan, uniform)
+    runs = _runs(results, ranks, measure, plan, uniform)
     answers: dict[int, str] = {}
     rows = []
     for rank in ranks if runs else []:
@@ -207,7 +215,7 @@ def rank_per_module(results: Results, measure: Measure, plan: str, uniform: str)
         if all(math.isclose(losses[0][run], losses[1][run], rel_tol=EQUAL) for run in runs):
             answers[rank] = SAME
         else:
-            answers[rank] = decide(gain, NOISE) if bytes_ratio <= MORE_BYTES else OPEN
+            answers[rank] = decide(gain) if bytes_ratio <= MORE_BYTES else OPEN
         rows.append([str(rank), f"{bytes_ratio:.3f}", _told(gain, measure), _most(gain), answers[rank]])
     head = ["rank", "bytes, times", f"{plan} over {uniform}", "tasks", "better"]
     return _verdict(f"f, {plan} over {uniform}", measure, answers, runs, head, rows)
@@ -225,7 +233,7 @@ CLAIMS: dict[str, Callable[..., Verdict]] = {  # by letter: their docstrings say
 
 def all_verdicts(results: Results) -> Iterator[Verdict]:
     """Every claim in each of its forms; by accuracy and by loss where it can be judged by both."""
-    both = (ACCURACY, LOSS)
+    both = (ACCURACY, LEARNED)
     yield from (moderate(results, measure) for measure in both)
     yield from (extreme(results, measure) for measure in both)
     yield from (recovery(results, reference) for reference in (SOURCE, "source"))
@@ -235,9 +243,20 @@ def all_verdicts(results: Results) -> Iterator[Verdict]:
         yield from (rank_per_module(results, measure, *pair) for measure in both)
 
 
-def _runs(results: Results, ranks: Sequence[int], *methods: str) -> list[Run]:
-    """The (task, seed) that have the source and these methods at all ranks."""
-    return results.balanced([results.source, *((m, rank) for m in methods for rank in ranks)]) if ranks else []
+def _runs(results: Results, ranks: Sequence[int], measure: Measure, *methods: str) -> list[Run]:
+    """The (task, seed) that have base, source and these methods at all ranks, of the tasks that count."""
+    arms = [BASE, results.source, *((method, rank) for method in methods for rank in ranks)]
+    counted = results.learned(measure)
+    return [run for run in results.balanced(arms) if run[0] in counted] if ranks else []
+
+
+def _noise(results: Results, measure: Measure, runs: Sequence[Run]) -> float | None:
+    source = results.values(results.source, measure.field, runs)
+    deviation = pooled_deviation(results.better(source, dict.fromkeys(source, 0.0), measure))
+    if deviation is None:
+        return None
+    gained = [1.0 if measure.relative else results.gained(task, measure) for task in {task for task, _ in runs}]
+    return min(deviation, NOISE_SHARE * sum(gained) / len(gained))
 
 
 def _gain(results: Results, arm: Arm, other: Arm, measure: Measure, runs: Sequence[Run]) -> Estimate:
@@ -254,7 +273,7 @@ def _not_below(gain: Estimate) -> str:
     """Whether a gain is from minus one standard error on; no, if it is below 0 by the rule of `decide`."""
     if gain.error is None or math.isnan(gain.error):
         return OPEN
-    return YES if gain.mean >= -SLACK * gain.error else NO if decide(gain, NOISE) == NO else OPEN
+    return YES if gain.mean >= -SLACK * gain.error else NO if decide(gain) == NO else OPEN
 
 
 def _part(answers: Collection[str]) -> str:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from bench.evidence.report import verdicts
-from bench.evidence.report.results import ACCURACY, LOSS, Measure, Results, labels
+from bench.evidence.report.results import ACCURACY, LEARNED, Measure, Results, labels
 from bench.evidence.report.verdicts import CLAIMS, UNMEASURED, Verdict, all_verdicts
 from bench.tables import table
 
-_WORDS = {ACCURACY: "accuracy", LOSS: "loss"}
+_WORDS = {ACCURACY: "accuracy", LEARNED: "loss"}
 
 
 def verdicts_page(models: Sequence[Results]) -> str:
     """The whole page."""
     found = {label: list(all_verdicts(results)) for label, results in zip(labels(models), models, strict=True)}
     parts = ["# Verdicts", "By accuracy / by loss; claims with one answer are judged by loss alone.", _overview(found)]
+    parts += [
+        text for label, results in zip(labels(models), models, strict=True) for text in _uncounted(label, results)
+    ]
     parts += ["## How it is judged", _doc(verdicts)[1]]
     for letter, claim in CLAIMS.items():
         title, rule = _doc(claim)
@@ -37,6 +40,13 @@ def _overview(found: dict[str, list[Verdict]]) -> str:
         title, _ = _doc(CLAIMS[claim[0]])
         rows.append([f"{title.split(';')[0]}{claim[1:]}", *cells])
     return table(["claim", *found], rows)
+
+
+def _uncounted(label: str, results: Results) -> Iterator[str]:
+    for measure, word in _WORDS.items():
+        rest = sorted(set(results.tasks) - set(results.learned(measure)))
+        if rest:
+            yield f"{label}, tasks that do not count by {word}, since the source learns too little: {', '.join(rest)}."
 
 
 def _doc(of: object) -> tuple[str, str]:
