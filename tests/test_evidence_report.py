@@ -504,10 +504,10 @@ def test_of_rows_with_one_key_the_first_by_time_counts() -> None:
 
 
 def test_one_arm_with_two_learning_rates_is_refused() -> None:
-    with pytest.raises(LoraSqueezeError, match="two learning rates; leave one out: .*task-a"):
+    with pytest.raises(LoraSqueezeError, match=r"two learning rates; leave one out: .*task-a"):
         gather([row("task-a", "direct", 8, 0, 1.0), row("task-a", "direct", 8, 0, 1.0, rate=3e-3)])
     source, post = row("task-a", "direct", 64, 0, 1.0), row("task-a", "post", 8, 0, 1.0, rate=None, source_rate=3e-3)
-    with pytest.raises(LoraSqueezeError, match="post at rank 8 comes from a source with learning rate 0.003"):
+    with pytest.raises(LoraSqueezeError, match=r"post at rank 8 comes from a source with learning rate 0\.003"):
         gather([source, post])
     gather([source, post | {"source_rate": 1e-3}])
 

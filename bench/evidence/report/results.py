@@ -74,12 +74,8 @@ class Results:
         """The model and its budget."""
         steps, batch, rank, precision = (self.setting[name] for name in _SETTING[1:5])
         budget = f"{steps} steps" + (f" of {batch} examples" if batch is not None else "")
-        parts = [
-            self.name,
-            *([budget] if steps is not None else []),
-            *([f"source rank {rank}"] if rank else []),
-            *filter(None, [precision]),
-        ]
+        parts = [self.name, *([budget] if steps is not None else []), *([f"source rank {rank}"] if rank else [])]
+        parts += [precision] if precision else []
         return ", ".join(parts)
 
     @cached_property
