@@ -10,7 +10,7 @@ Both methods choose again while they train. What was trained and is no longer ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -114,13 +114,18 @@ class SparseDelta(Delta):
         return found
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Make room first: how many entries there are is told by the file alone."""
-        for name in ("index", "kept_index", "kept", "values"):
-            found, own = state_dict.get(prefix + name), getattr(self, name)
-            if found is not None and found.shape != own.shape:
-                own.data = own.data.new_empty(found.shape)
+        """How many entries there are is told by the file alone."""
+        make_room(self, state_dict, prefix, ("index", "kept_index", "kept", "values"))
         parent: Any = super()
         parent._load_from_state_dict(state_dict, prefix, *args)
+
+
+def make_room(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, names: Iterable[str]) -> None:
+    """Give tensors of a module the shapes that they have in a state that is to be loaded."""
+    for name in names:
+        found, own = state_dict.get(prefix + name), getattr(module, name)
+        if found is not None and found.shape != own.shape:
+            own.data = own.data.new_empty(found.shape)
 
 
 def _filled(base: Tensor | None, change: Tensor, index: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
