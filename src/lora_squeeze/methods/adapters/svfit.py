@@ -10,7 +10,8 @@ largest |s - s0|.
 There is no code of the authors, and of the paper's body nothing was at hand. That r is the full width by default is an
 inference from its count, a sixteenth of a LoRA of rank 8; it also speaks of the top values with 99 % of the
 information, which is `energy` here, measured in squares: that reading is ours. `relative`, `nonnegative` and
-`store_factors` are additions of ours. The rate must be higher than a LoRA's, as there are few numbers: try 1e-3 to 1e-1.
+`store_factors` are additions of ours. The rate must be higher than a LoRA's, as there are few numbers: try 1e-3 to
+1e-1.
 
 Singular values that are zero but for rounding, as where rows of W are, have no vectors of their own: they are not
 trained, and r is the rank of W at most. Equal ones (of an orthogonal W) have some, but which is a matter of the last
