@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.methods.adapters.engine import AdapterConfig, Delta, Site
+from lora_squeeze.methods.adapters.paca import only_multiplies
 
 
 class SparseDelta(Delta):
@@ -81,8 +82,8 @@ class SparseDelta(Delta):
         return self._linear(x, None)
 
     def replaced(self, x: Tensor, base: nn.Module) -> Tensor:
-        """(W + dW) x + b in one product; the sum of two where other code watches or moves the base layer."""
-        if base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"):
+        """(W + dW) x + b in one product; the sum of two where the base layer does more or is trained itself."""
+        if not only_multiplies(base):
             base_output: Tensor = base(x)
             change: Tensor = self(x.to(self.dtype), base_output)
             return base_output + change.to(base_output.dtype)
