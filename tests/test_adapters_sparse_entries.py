@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapters_cases import METHODS, Method, Net, adapted, batch, layers, net
-from peft import LoraConfig, get_peft_model
+from adapters_cases import METHODS, Method, Net, adapted, batch, drawn_from, layers, net
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lora_squeeze.methods.control import controller_for, deltas_of
+
+IDS = torch.arange(40).view(2, 20) % 50
 
 both = pytest.mark.parametrize("method", [METHODS["lift"], METHODS["sara"]], ids=["lift", "sara"])
 
@@ -77,3 +85,73 @@ def test_hooks_of_the_backward_pass_are_called(method: Method) -> None:
         layer.get_base_layer().register_full_backward_hook(lambda *args: calls.append(1))
     model(batch().requires_grad_()).sum().backward()
     assert len(calls) == len(layers(model))
+
+
+def language_model() -> Any:
+    with drawn_from(0):
+        config = LlamaConfig(
+            vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1,
+        )  # fmt: skip
+        return LlamaForCausalLM(config).eval()
+
+
+def trained_with_its_controller(method: Method) -> Any:
+    """Some entries have been chosen anew or frozen, so that no configuration tells how many there are."""
+    config = method.config(target_modules=["q_proj", "up_proj"], **({"refresh": 2} if method.name == "lift" else {}))
+    with drawn_from(0):
+        model = get_peft_model(language_model(), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2, weight_decay=0)
+    controller = controller_for(model, 6, optimizer)
+    for _ in range(5):
+        model(IDS, labels=IDS).loss.backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+        optimizer.zero_grad()
+    assert any(len(delta.kept) for delta in deltas_of(model).values())
+    return model.eval()
+
+
+@both
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_loaders_that_compare_shapes_can_read_it(method: Method, trainable: bool, tmp_path: Path) -> None:
+    model = trained_with_its_controller(method)
+    with torch.no_grad():
+        wanted = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    plain = language_model()
+    found = plain.load_adapter(tmp_path, is_trainable=trainable)
+    assert not found.mismatched_keys
+    assert not found.missing_keys
+    assert torch.equal(plain.eval()(IDS).logits, wanted)
+    again = PeftModel.from_pretrained(
+        language_model(), tmp_path, is_trainable=trainable, ignore_mismatched_sizes=True
+    )  # without a warning
+    assert torch.equal(again.eval()(IDS).logits, wanted)
+    assert torch.equal(again.merge_and_unload()(IDS).logits.argmax(-1), wanted.argmax(-1))
+
+
+@both
+def test_a_configuration_that_was_saved_can_begin_another_adapter(method: Method, tmp_path: Path) -> None:
+    config = method.config()
+    get_peft_model(net(), config).save_pretrained(tmp_path)
+    assert config.sizes  # type: ignore[attr-defined]
+    with drawn_from(3):
+        other = Net()
+    wanted = deltas_of(get_peft_model(copy.deepcopy(other), method.config()))
+    for name, delta in deltas_of(get_peft_model(other, config)).items():
+        assert torch.equal(delta.index, wanted[name].index)
+
+
+@both
+def test_a_file_that_says_no_sizes_is_loaded(method: Method, tmp_path: Path) -> None:
+    model = trained_with_its_controller(method)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    assert settings.pop("sizes")
+    file.write_text(json.dumps(settings))
+    for trainable in (False, True):
+        again = PeftModel.from_pretrained(language_model(), tmp_path, is_trainable=trainable).eval()
+        assert torch.equal(again(IDS).logits, model(IDS).logits)

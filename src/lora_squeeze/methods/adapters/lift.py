@@ -26,15 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.methods.adapters.engine import AdapterConfig, register
-from lora_squeeze.methods.adapters.sparse_entries import SparseDelta, carry_state
+from lora_squeeze.methods.adapters.engine import register
+from lora_squeeze.methods.adapters.sparse_entries import SparseConfig, SparseDelta, carry_state
 from lora_squeeze.methods.control import Controller, controlled_by
 
 Choice = Literal["principal", "magnitude", "random"]
 
 
 @dataclass
-class LiftConfig(AdapterConfig):
+class LiftConfig(SparseConfig):
     """Configuration of LIFT.
 
     Args:

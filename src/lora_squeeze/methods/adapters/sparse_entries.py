@@ -11,6 +11,7 @@ Both methods choose again while they train. What was trained and is no longer ch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,22 @@ from torch.nn import functional
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.methods.adapters.engine import AdapterConfig, Delta, Site
 from lora_squeeze.methods.adapters.paca import only_multiplies
+
+
+@dataclass
+class SparseConfig(AdapterConfig):
+    """What both methods are configured with beside their own.
+
+    Args:
+        sizes: written when an adapter is saved: name of a layer -> how many entries it trains, and how many it keeps.
+            A loader that compares shapes finds them right by that. Leave it out.
+    """
+
+    sizes: dict[str, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.to_be_loaded = dict(self.sizes)  # of a file; none where a method begins
 
 
 class SparseDelta(Delta):
@@ -34,16 +51,18 @@ class SparseDelta(Delta):
     kept_index: Tensor
     kept: Tensor
 
-    def __init__(self, site: Site, config: AdapterConfig) -> None:
+    def __init__(self, site: Site, config: SparseConfig) -> None:
         super().__init__(site, config)
         self.replaces = not config.dropout  # the dropout acts on the inputs of the change alone
         size = site.in_features * site.out_features
         kind = torch.int32 if size < 2**31 else torch.int64
-        # An adapter that is loaded to be used has its entries in the file; to choose them can take long.
-        index = torch.empty(0) if config.inference_mode else self.choose(self.base())
+        # An adapter that is loaded has its entries in the file; to choose them can take long.
+        sizes = config.to_be_loaded.pop(site.name, (0, 0) if config.inference_mode else None)
+        index = self.choose(self.base()) if sizes is None else torch.zeros(sizes[0])
+        kept = 0 if sizes is None else sizes[1]
         self.register_buffer("index", index.to(kind))
-        self.register_buffer("kept_index", torch.empty(0, dtype=kind))
-        self.register_buffer("kept", torch.empty(0))
+        self.register_buffer("kept_index", torch.zeros(kept, dtype=kind))
+        self.register_buffer("kept", torch.zeros(kept, dtype=torch.float32))
         self.values = nn.Parameter(self.first_values())
         if not config.init_weights:
             self.values.data += torch.randn(len(index))
@@ -113,6 +132,12 @@ class SparseDelta(Delta):
         product: Any = _Product
         found: Tensor = product.apply(x, change, index, base, self._shape)
         return found
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        """The configuration is written after the numbers, and says how many there are."""
+        self.config.sizes[self.site.name] = [len(self.index), len(self.kept)]
+        parent: Any = super()
+        parent._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """How many entries there are is told by the file alone."""
