@@ -110,7 +110,8 @@ def low_rank(weight: Tensor, rank: int, power_iterations: int | None, generator:
 
 def _range(weight: Tensor, width: int, power_iterations: int, generator: torch.Generator) -> Tensor:
     """Orthonormal columns that span the matrix's first left singular vectors, nearly."""
-    Q: Tensor = torch.linalg.qr(weight @ torch.randn(weight.shape[1], width, generator=generator)).Q
+    sketch = torch.randn(weight.shape[1], width, generator=generator, dtype=torch.float32, device="cpu")
+    Q: Tensor = torch.linalg.qr(weight @ sketch).Q
     for _ in range(power_iterations):
         Q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ Q).Q).Q
     return Q
