@@ -13,9 +13,10 @@ from adapters_cases import METHODS, Net, adapted, batch, drawn_from, net
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.methods.adapters.decomposed import factors_fingerprint
+from lora_squeeze.methods.adapters.decomposed import fingerprint_of_factors
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "svfit": ("svfit", {"r": None}),
@@ -107,11 +108,28 @@ def test_another_weight_is_refused(case: str, tmp_path: Path) -> None:
 
 
 @every
+def test_transformers_refuses_another_weight_too(case: str, tmp_path: Path) -> None:
+    def base(seed: int) -> Any:
+        with drawn_from(seed):
+            return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_head=2, n_layer=1, n_positions=8)).eval()
+
+    name, settings = CASES[case]
+    model = adapted(METHODS[name], base(0), trained=True, target_modules=["c_attn"], **settings)
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(8)[None]
+    plain = base(0)
+    plain.load_adapter(tmp_path)
+    assert torch.equal(plain(ids).logits, model(ids).logits)
+    with pytest.raises(LoraSqueezeError, match=r"h.0.attn.c_attn: the adapter was trained over a weight with other n"):
+        base(1).load_adapter(tmp_path)
+
+
+@every
 def test_a_file_from_before_the_fingerprints_is_loaded(case: str, tmp_path: Path) -> None:
     model = model_of(case, net())
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
-    since = "fingerprint" if case == "wara-tiny" else "factors_fingerprint"
+    since = "fingerprint" if case == "wara-tiny" else "fingerprint_of_factors"
     save_file({key: value for key, value in load_file(file).items() if since not in key}, file)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -138,10 +156,10 @@ def test_a_whole_state_brings_its_base_weights_along(case: str, made: Callable[[
 def test_the_fingerprint_of_the_factors_sees_what_changes_an_update(diagonal: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     B, A = torch.randn(30, 6, generator=generator), torch.randn(6, 20, generator=generator)
-    wanted = factors_fingerprint(B, A, diagonal)
+    wanted = fingerprint_of_factors(B, A, diagonal)
 
     def moved(B: Tensor, A: Tensor) -> float:
-        return float((factors_fingerprint(B, A, diagonal) - wanted).abs().max()) * 2.0**-30
+        return float((fingerprint_of_factors(B, A, diagonal) - wanted).abs().max()) * 2.0**-30
 
     turn = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
     signs = torch.tensor([1.0, -1, 1, 1, -1, 1])
@@ -149,4 +167,4 @@ def test_the_fingerprint_of_the_factors_sees_what_changes_an_update(diagonal: bo
     assert moved(B.flip(1), A.flip(0)) > 0.1
     assert (moved(B * signs, signs[:, None] * A) < 1e-6) == diagonal
     assert moved(B * (1 + 1e-7), A) < 1e-6
-    assert not factors_fingerprint(B * 0, A, diagonal).any()
+    assert not fingerprint_of_factors(B * 0, A, diagonal).any()

@@ -107,7 +107,7 @@ def test_the_file_has_the_trained_numbers_and_fingerprints_alone(tmp_path: Path)
     assert {name: len(value) for name, value in state.items()} == {
         "change": 12,
         "fingerprint": 5,
-        "factors_fingerprint": 4,
+        "fingerprint_of_factors": 4,
     }
     again = PeftModel.from_pretrained(net(), tmp_path).eval()
     assert torch.equal(again(batch()), model(batch()))

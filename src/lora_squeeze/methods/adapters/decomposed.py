@@ -25,6 +25,7 @@ from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.methods.adapters.engine import AdapterConfig, FactorDelta, Site
 from lora_squeeze.methods.seeds import seeded
 
+_FINGERPRINTS = ("fingerprint", "fingerprint_of_factors")
 _UNIT = 2.0**-30  # of the numbers of a fingerprint
 _PROBES = 4
 _TOLERANCE = 1e-5  # share of |W|: rounding W to bfloat16 or float16 makes 1e-3 or 2e-4, two sums in float32 1e-7
@@ -34,7 +35,7 @@ _SAME_FACTORS = 1e-3  # share of an update that the same core makes of the facto
 class OfWeightDelta(FactorDelta):
     """An update with frozen numbers that are computed from W, and again when the adapter is loaded.
 
-    Buffers: `fingerprint` of W and `factors_fingerprint` of what was made of it, both stored. An adapter whose file
+    Buffers: `fingerprint` of W and `fingerprint_of_factors` of what was made of it, both stored. An adapter whose file
     has none is not checked.
 
     Attributes:
@@ -43,12 +44,12 @@ class OfWeightDelta(FactorDelta):
 
     diagonal_core = False
     fingerprint: Tensor
-    factors_fingerprint: Tensor
+    fingerprint_of_factors: Tensor
 
     def check_when_loaded(self, B: Float[Tensor, "out r"], A: Float[Tensor, "r in"]) -> None:
         """Refuse the adapter beside a weight that gives other factors than these."""
         self.register_buffer("fingerprint", fingerprint(self.site.base_weight()))
-        self.register_buffer("factors_fingerprint", factors_fingerprint(B, A, self.diagonal_core))
+        self.register_buffer("fingerprint_of_factors", fingerprint_of_factors(B, A, self.diagonal_core))
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *args: Any
@@ -57,28 +58,36 @@ class OfWeightDelta(FactorDelta):
         self._before_loading(state_dict, prefix)
         parent: Any = super()
         parent._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
-        ours = prefix + "fingerprint", prefix + "factors_fingerprint"
-        missing[:] = [key for key in missing if key not in ours]
+        missing[:] = [key for key in missing if key.removeprefix(prefix) not in _FINGERPRINTS]
 
     def _before_loading(self, state_dict: Any, prefix: str) -> None:
         """Refuse numbers that were trained over another weight, or between other factors of it."""
-        given = state_dict.get(prefix + "fingerprint")
-        if given is None or "fingerprint" not in self._buffers:
+        given = {name: state_dict.get(prefix + name) for name in _FINGERPRINTS if name in self._buffers}
+        weight = given.get("fingerprint")
+        if weight is None:
             return
-        if not _same_weight(self.fingerprint, given) and _same_weight(fingerprint(self.site.base_weight()), given):
+        if not _same_weight(self.fingerprint, weight) and _same_weight(fingerprint(self.site.base_weight()), weight):
             self._make_anew()  # the weight has come with this very state
-        self._compare(given, state_dict.get(prefix + "factors_fingerprint"))
+        for name, value in given.items():
+            if value is not None:
+                self._compare(name, value)
 
-    def _compare(self, weight: Tensor, factors: Tensor | None) -> None:
-        """Raise what there is to say about fingerprints of a file that are not our own."""
-        if not _same_weight(self.fingerprint, weight):
-            raise LoraSqueezeError(
-                f"{self.site.name}: the adapter was trained over a weight with other numbers, of which its directions "
-                "are made; load the same base model in the same dtype, with nothing merged into it"
-            )
-        if factors is None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Loaders that put each tensor in its place by themselves are checked too."""
+        if name in _FINGERPRINTS and name in self._buffers:
+            self._compare(name, value)
+        super().__setattr__(name, value)
+
+    def _compare(self, name: str, given: Tensor) -> None:
+        """Raise what there is to say about a fingerprint that is not our own."""
+        if name == "fingerprint":
+            if not _same_weight(self.fingerprint, given):
+                raise LoraSqueezeError(
+                    f"{self.site.name}: the adapter was trained over a weight with other numbers, of which its "
+                    "directions are made; load the same base model in the same dtype, with nothing merged into it"
+                )
             return
-        far = (self.factors_fingerprint.cpu() - factors.cpu()).abs().max() * _UNIT
+        far = (self.fingerprint_of_factors.cpu() - given.cpu()).abs().max() * _UNIT
         if far > _SAME_FACTORS:
             way_out = ", or train with store_factors=True" if hasattr(self.config, "store_factors") else ""
             raise LoraSqueezeError(
@@ -93,7 +102,7 @@ class OfWeightDelta(FactorDelta):
             twin = type(self)(self.site, self.config)
         self.rank = twin.rank
         for name, buffer in twin.named_buffers():
-            setattr(self, name, buffer.to(getattr(self, name).device))
+            self._buffers[name] = buffer.to(getattr(self, name).device)
         for name, parameter in twin.named_parameters():
             own = self.get_parameter(name)
             own.data = own.data.new_empty(parameter.shape)
@@ -109,6 +118,7 @@ class DecomposedDelta(OfWeightDelta):
         checked: they are computed from W again when the adapter is loaded, so W must be the same.
     """
 
+    rank: int
     B: Tensor
     A: Tensor
 
@@ -150,7 +160,7 @@ def fingerprint(weight: Float[Tensor, "out in"]) -> Int[Tensor, " numbers"]:
     return (numbers / _UNIT).round().long()
 
 
-def factors_fingerprint(
+def fingerprint_of_factors(
     B: Float[Tensor, "out r"], A: Float[Tensor, "r in"], diagonal: bool
 ) -> Int[Tensor, " numbers"]:  # fmt: skip
     """The products of B core A with the same vectors, as shares of its size, in units of 2^-30; core is random.
@@ -163,12 +173,13 @@ def factors_fingerprint(
     core = _normal(seeded(0, "core"), *((r,) if diagonal else (r, r)))
     mixed = (u @ B) * core if diagonal else (u @ B) @ core
     size = (B.norm(dim=0) * A.norm(dim=1)).norm() if diagonal else B.norm() * A.norm()
-    products = (mixed * (v @ A.T)).sum(1)
-    return (products / size.clamp(min=1e-300) / _UNIT).round().long()
+    shares: Tensor = (mixed * (v @ A.T)).sum(1) / size.clamp(min=1e-300)
+    return (shares / _UNIT).round().long()
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator)
+    numbers: Tensor = torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator)
+    return numbers
 
 
 def _same_weight(one: Tensor, other: Tensor) -> bool:

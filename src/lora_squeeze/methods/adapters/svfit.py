@@ -108,7 +108,7 @@ class SvfitDelta(DecomposedDelta):
         if self.config.store_factors:
             make_room(self, state_dict, prefix, ("B", "A", "s0", "z"))
             self.rank = len(z)
-        elif prefix + "factors_fingerprint" not in state_dict and len(z) > self.rank:
+        elif prefix + "fingerprint_of_factors" not in state_dict and len(z) > self.rank:
             warnings.warn(
                 f"{self.site.name}: {len(z) - self.rank} of {len(z)} numbers are of singular values that are 0 in W "
                 "and have no directions of their own; they are left out",
