@@ -74,7 +74,7 @@ class LiftDelta(SparseDelta):
         config, generator = self.config, self.site.generator(self.config.seed, "choice")
         count = min(config.r * sum(weight.shape), weight.numel())
         if config.choice == "random":
-            return torch.randperm(weight.numel(), generator=generator)[:count].sort().values
+            return torch.randperm(weight.numel(), generator=generator, device="cpu")[:count].sort().values
         if config.choice == "principal":
             weight = low_rank(weight, config.filter_rank or config.r, config.power_iterations, generator)
         return largest(weight.abs(), count)

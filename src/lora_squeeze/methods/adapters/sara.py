@@ -189,8 +189,8 @@ class SaraController(Controller):
                 delta.narrow(self.optimizer)
         candidates = [delta for delta in self.deltas.values() if len(delta.values)]
         if candidates and self.config.nuclear:
-            drawn = candidates[int(torch.randint(len(candidates), (), generator=self.generator()))]
-            drawn.penalise(self.config.nuclear)
+            number = torch.randint(len(candidates), (), generator=self.generator(), device="cpu")
+            candidates[int(number)].penalise(self.config.nuclear)
 
 
 register("sara", SaraConfig, SaraDelta)
