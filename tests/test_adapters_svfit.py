@@ -179,7 +179,7 @@ def test_another_weight_is_refused(change: str, tmp_path: Path) -> None:
         base = adapted(SVFIT, trained=True).merge_and_unload()
     wanted = (
         "blocks.0.wide: the adapter was trained over a weight with other numbers, of which its directions are made; "
-        "load the same base model in the same dtype, with nothing merged into it"
+        "load the same base model in the same dtype, with nothing merged into it, nor taken out again in 16 bits"
     )
     with pytest.raises(LoraSqueezeError, match=f"^{wanted}$"):
         PeftModel.from_pretrained(base, tmp_path)
@@ -200,6 +200,15 @@ def test_a_merge_that_was_taken_back_leaves_the_weight_good_enough(tmp_path: Pat
     model.load_adapter(str(tmp_path), "again")
     for layer in layers(model).values():
         assert torch.allclose(layer.get_delta_weight("again"), layer.get_delta_weight("default"), atol=1e-5)
+
+
+def test_in_16_bits_it_leaves_another_one(tmp_path: Path) -> None:
+    adapted(SVFIT, net(torch.bfloat16), trained=True).save_pretrained(tmp_path)
+    model = adapted(SVFIT, net(torch.bfloat16), trained=True)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    with pytest.raises(LoraSqueezeError, match="nothing merged into it, nor taken out again in 16 bits"):
+        model.load_adapter(str(tmp_path), "again")
 
 
 @pytest.mark.parametrize("kind", ["one-entry", "scaled", "permuted", "transposed", "bfloat16", "float16"])

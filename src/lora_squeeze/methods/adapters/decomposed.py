@@ -84,7 +84,8 @@ class OfWeightDelta(FactorDelta):
             if not _same_weight(self.fingerprint, given):
                 raise LoraSqueezeError(
                     f"{self.site.name}: the adapter was trained over a weight with other numbers, of which its "
-                    "directions are made; load the same base model in the same dtype, with nothing merged into it"
+                    "directions are made; load the same base model in the same dtype, with nothing merged into it, nor "
+                    "taken out again in 16 bits"
                 )
             return
         far = (self.fingerprint_of_factors.cpu() - given.cpu()).abs().max() * _UNIT
