@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "blocklora": {"r": 2, "blocks": 2},
     "hydra": {"r": 2, "r_sequential": 2},
     "wara": {"r": 2},
-    "queryable": {"r": 2, "atoms": 4, "top_k": 3, "query_dim": 5, "block_layers": 1},
+    "queryable": {"r": 2, "atoms": 4, "top_k": 3, "query_dim": 5, "block_layers": 1, "pool": "token"},
     "tera": {},
     "loldu": {"r": 2},
     "svfit": {"r": 2},

@@ -213,6 +213,18 @@ def test_principal_entries_of_a_planted_matrix_are_found() -> None:
     assert len(found["exact"] & found["randomised"]) / count >= 0.95
 
 
+def test_the_default_dtype_changes_no_choice() -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        base = net()
+        torch.set_default_dtype(dtype)
+        try:
+            found.append([d.index.tolist() for d in lifts(adapted(LIFT, base, power_iterations=2)).values()])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert found[0] == found[1]
+
+
 def test_no_matrix_is_kept_for_the_backward_pass() -> None:
     model = adapted(LIFT, trained=True).train()
     saved: list[torch.Tensor] = []

@@ -100,11 +100,15 @@ def test_the_gradient_of_each_number_is_that_of_its_direction() -> None:
             assert torch.allclose(delta.change.grad[i], wanted)
 
 
-def test_the_file_has_the_trained_numbers_and_a_fingerprint_alone(tmp_path: Path) -> None:
+def test_the_file_has_the_trained_numbers_and_fingerprints_alone(tmp_path: Path) -> None:
     model = adapted(LOLDU, trained=True, r=None)
     model.save_pretrained(tmp_path)
     state = {key.rpartition(".")[2]: value for key, value in load_file(tmp_path / "adapter_model.safetensors").items()}
-    assert {name: len(value) for name, value in state.items()} == {"change": 12, "fingerprint": 5}
+    assert {name: len(value) for name, value in state.items()} == {
+        "change": 12,
+        "fingerprint": 5,
+        "fingerprint_of_factors": 4,
+    }
     again = PeftModel.from_pretrained(net(), tmp_path).eval()
     assert torch.equal(again(batch()), model(batch()))
 
@@ -138,6 +142,18 @@ def test_a_pivot_next_to_zero_is_left_alone() -> None:
     assert delta.A.abs().max() < 1e3
     delta.weight().sum().backward()
     assert (delta.change.grad == 0).nonzero().flatten().tolist() == [3]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("rank", [1, 10, 40])
+@pytest.mark.parametrize("shape", [(200, 200), (120, 300), (300, 120)], ids=str)
+def test_pivots_that_rounding_makes_are_left_alone(shape: tuple[int, int], rank: int) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    W = torch.randn(shape[0], rank, generator=generator) @ torch.randn(rank, shape[1], generator=generator)
+    PL, pivots, U = ldu(W)
+    assert int(U.any(1).sum()) == rank
+    assert ((PL * pivots) @ U - W).abs().max() < 1e-4 * W.abs().max()
+    _, _, full = ldu(torch.randn(shape, generator=generator))
+    assert full.any(1).all()
 
 
 def test_a_weight_of_zeros_stays_as_it_is() -> None:

@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_squeeze
 from lora_squeeze.errors import LoraSqueezeError
@@ -386,8 +387,10 @@ def test_the_mean_leaves_out_what_the_mask_does() -> None:
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     cores = mean_cores(plain, [torch.cat([tokens()[0], tokens()[1, :2]])[None]])
     model.train()
+    model.base_model.model.head.eval()
     fix_routes(model, [{"x": tokens(), "attention_mask": mask}])
     assert model.training
+    assert not model.base_model.model.head.training
     for delta, core in zip(deltas(model), cores, strict=True):
         torch.testing.assert_close(delta.core.double(), core, rtol=1e-6, atol=1e-6)
 
@@ -450,6 +453,7 @@ def test_the_base_that_is_unloaded_has_no_hook_left() -> None:
     wanted = net().double()(tokens())
     assert torch.equal(plain(tokens()), wanted)
     assert not plain._forward_pre_hooks
+    assert not plain._forward_pre_hooks_with_kwargs
 
 
 def test_an_adapter_made_anew_under_the_name_of_a_deleted_one_begins_afresh() -> None:
@@ -482,6 +486,35 @@ def test_instructions_that_do_not_fit_are_refused() -> None:
         instructed(model, numbers(3, TEXT)),
     ):
         model(tokens())
+
+
+def language_model(**settings: Any) -> Any:
+    config = GPT2Config(vocab_size=32, n_embd=16, n_head=2, n_layer=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    with drawn_from(0):
+        base = GPT2LMHeadModel(config).eval()
+        return adapted(QUERYABLE, base, trained=True, target_modules=["c_attn", "c_proj"], **settings)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")
+def test_decoding_with_a_cache_is_refused_where_it_would_be_wrong() -> None:
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    for pool in ("causal", "mean"):
+        model = language_model(pool=pool)
+        wanted = (
+            rf'attn.c_attn: a Queryable LoRA with pool="{pool}" is routed by all tokens and cannot go on from a '
+            r'cache of the earlier ones; give use_cache=False, train with pool="token", or put'
+        )
+        with pytest.raises(LoraSqueezeError, match=wanted):
+            model.generate(input_ids=ids, **options)
+        assert model.generate(input_ids=ids, use_cache=False, **options).shape == (1, 9)
+        with model.disable_adapter():
+            assert model.generate(input_ids=ids, **options).shape == (1, 9)
+        fix_routes(model, [{"input_ids": ids}])
+        assert model.generate(input_ids=ids, **options).shape == (1, 9)
+    model = language_model(pool="token")
+    found = [model.generate(input_ids=ids, use_cache=cached, **options) for cached in (False, True)]
+    assert torch.equal(*found)
 
 
 def test_what_it_refuses() -> None:

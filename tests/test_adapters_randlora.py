@@ -131,6 +131,23 @@ def test_bases_are_the_same_objects_in_layers_of_one_shape_and_have_unit_deviati
     assert not torch.equal(other._basis("A", 12), deltas[0]._basis("A", 12))
 
 
+def test_a_layer_of_one_number_has_an_update_too() -> None:
+    base = nn.Sequential(nn.Linear(1, 1))
+    (layer,) = layers(adapted(RANKS, base, trained=True, target_modules=["0"], r=1)).values()
+    assert layer.get_delta_weight("default").isfinite().all()
+    assert layer.get_delta_weight("default").any()
+
+
+def test_the_default_dtype_changes_no_basis() -> None:
+    wanted = next(iter(layers(adapted(RANKS)).values())).deltas["default"]._basis("A", 12)
+    torch.set_default_dtype(torch.float64)
+    try:
+        delta = next(iter(layers(adapted(RANKS)).values())).deltas["default"]
+        assert torch.equal(delta._basis("A", 12).float(), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def fitted(target: torch.Tensor, config: Any, most: int, steps: int = 400) -> float:
     """Share of the target's energy that is left after a fit by Adam with so many numbers at most."""
     n = len(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,22 @@ def test_calibration_leaves_the_model_as_it_was() -> None:
         assert torch.equal(parameter, wanted[name][0])
         assert parameter.requires_grad == wanted[name][1]
         assert (parameter.grad is None) == (name != "head.bias")
+
+
+def test_calibration_leaves_each_module_in_its_mode() -> None:
+    base = net().train()
+    base.blocks[0].eval()
+    calibration_gradients(base, batches(), TARGETS, loss)
+    assert [name for name, module in base.named_modules() if not module.training] == [
+        "blocks.0", "blocks.0.wide", "blocks.0.tall",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_model_with_a_mask_can_be_pickled(name: str) -> None:
+    model = trained(name)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(batch()), model(batch()))
 
 
 def test_training_the_entries_is_training_the_weight_with_a_masked_gradient() -> None:
@@ -286,6 +303,8 @@ def test_what_is_refused() -> None:
         calibration_gradients(base, [], TARGETS, loss)
     with pytest.raises(LoraSqueezeError, match=r"blocks.1.wide: the loss does not depend on it"):
         calibration_gradients(base, batches(), TARGETS, lambda model, x: model.blocks[0](x).sum())
+    with pytest.raises(LoraSqueezeError, match=r"blocks.0.wide: the loss does not depend on it"):
+        calibration_gradients(base, batches(), TARGETS, lambda model, x: x.sum())
     with pytest.raises(LoraSqueezeError, match=r"the model has no SHiRA layer"):
         ShiraSwitch(base)
     model = trained()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from adapters_cases import METHODS, adapted, batch, layers, net
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_squeeze
@@ -178,7 +179,7 @@ def test_another_weight_is_refused(change: str, tmp_path: Path) -> None:
         base = adapted(SVFIT, trained=True).merge_and_unload()
     wanted = (
         "blocks.0.wide: the adapter was trained over a weight with other numbers, of which its directions are made; "
-        "load the same base model in the same dtype, with nothing merged into it"
+        "load the same base model in the same dtype, with nothing merged into it, nor taken out again in 16 bits"
     )
     with pytest.raises(LoraSqueezeError, match=f"^{wanted}$"):
         PeftModel.from_pretrained(base, tmp_path)
@@ -199,6 +200,15 @@ def test_a_merge_that_was_taken_back_leaves_the_weight_good_enough(tmp_path: Pat
     model.load_adapter(str(tmp_path), "again")
     for layer in layers(model).values():
         assert torch.allclose(layer.get_delta_weight("again"), layer.get_delta_weight("default"), atol=1e-5)
+
+
+def test_in_16_bits_it_leaves_another_one(tmp_path: Path) -> None:
+    adapted(SVFIT, net(torch.bfloat16), trained=True).save_pretrained(tmp_path)
+    model = adapted(SVFIT, net(torch.bfloat16), trained=True)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    with pytest.raises(LoraSqueezeError, match="nothing merged into it, nor taken out again in 16 bits"):
+        model.load_adapter(str(tmp_path), "again")
 
 
 @pytest.mark.parametrize("kind", ["one-entry", "scaled", "permuted", "transposed", "bfloat16", "float16"])
@@ -224,6 +234,72 @@ def test_a_base_in_half_precision_is_itself(tmp_path: Path) -> None:
     wider = PeftModel.from_pretrained(net(torch.bfloat16).float(), tmp_path).eval()
     for one, other in zip(deltas(wider), deltas(model), strict=True):
         assert torch.equal(one.weight(), other.weight())
+
+
+def with_dead_rows(dtype: torch.dtype = torch.float32) -> Any:
+    base = net()
+    for block in base.blocks:
+        block.wide.weight.data[3:] = 0  # type: ignore[union-attr, index]
+        block.tall.weight.data[:, 4:] = block.tall.weight.data[:, :1]  # type: ignore[union-attr, index]
+    return base.to(dtype)
+
+
+@pytest.mark.parametrize("nonnegative", [False, True])
+def test_zeros_of_w_are_not_trained(nonnegative: bool, tmp_path: Path) -> None:
+    model = adapted(SVFIT, with_dead_rows(), trained=True, r=None, nonnegative=nonnegative)
+    assert [delta.z.numel() for delta in deltas(model)] == [3, 4, 3, 4]
+    assert model.get_nb_trainable_parameters()[0] == 14
+    for delta in deltas(model):
+        assert delta.rank == delta.z.numel() == torch.linalg.matrix_rank(weight(delta), rtol=1e-6)
+    model.save_pretrained(tmp_path)
+    base = with_dead_rows()
+    for layer in base.modules():
+        if isinstance(layer, nn.Linear):  # what a merge that was taken back leaves
+            layer.weight.data += 3e-8 * drawn(*layer.weight.shape).float() * layer.weight.data.std()
+    again = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.allclose(again(batch()), model(batch()), atol=1e-5)
+
+
+def test_of_a_weight_of_zeros_nothing_moves() -> None:
+    base = net()
+    base.blocks[0].wide.weight.data.zero_()  # type: ignore[union-attr]
+    delta = deltas(adapted(SVFIT, base, init_weights=False, r=None))[0]
+    assert delta.z.numel() == 1
+    assert not delta.weight().any()
+
+
+def test_a_file_with_numbers_for_zeros_of_w_is_loaded_without_them(tmp_path: Path) -> None:
+    """As files were written that have no fingerprint of the factors."""
+    model = adapted(SVFIT, with_dead_rows(), trained=True, r=None)
+    wanted = model(batch())
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    state = {key: value for key, value in load_file(file).items() if "fingerprint_of_factors" not in key}
+    save_file({key: torch.cat([z, torch.ones(8)]) if key.endswith(".z") else z for key, z in state.items()}, file)
+    with pytest.warns(UserWarning, match=r"blocks.\d.\w+: 8 of 1[12] numbers are of singular values that"):
+        again = PeftModel.from_pretrained(with_dead_rows(), tmp_path).eval()
+    assert torch.equal(again(batch()), wanted)
+
+
+@pytest.mark.parametrize("settings", [{}, {"relative": True}, {"nonnegative": True}, {"energy": 0.9}], ids=str)
+def test_stored_factors_need_no_weight_of_their_own(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted(SVFIT, with_dead_rows(), trained=True, r=None, store_factors=True, **settings)
+    model.save_pretrained(tmp_path)
+    keys = {key.rpartition(".")[2] for key in load_file(tmp_path / "adapter_model.safetensors")}
+    assert keys == {"z", "s0", "A", "B"}
+    again = PeftModel.from_pretrained(with_dead_rows(torch.bfloat16), tmp_path)
+    for one, other in zip(deltas(again), deltas(model), strict=True):
+        assert one.rank == other.rank
+        assert torch.equal(one.weight(), other.weight())
+
+
+def test_a_singular_value_of_zero_that_may_not_fall_has_its_whole_gradient() -> None:
+    for delta in trained(r=None, nonnegative=True):
+        delta.s0[3] = 0
+        delta.z.data.zero_()
+        delta.core().sum().backward()
+        assert delta.z.grad is not None
+        assert torch.equal(delta.z.grad, torch.ones(12, dtype=torch.float64))
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:

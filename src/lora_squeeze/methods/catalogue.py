@@ -27,7 +27,7 @@ class Entry:
         route: "exact", a plain LoRA of lower rank than the matrix; "squeezed", an update of full rank.
         rank: of the exact LoRA, a formula; "" where there is none.
         record: file and section with its measurements.
-        rate: the learning rate that did best, as a multiple of a LoRA's, on a grid of 1, 3 and 10 (the section
+        rate: the learning rate that did best, as a multiple of a LoRA's, on the grid 1, 3, 10, 30, ... (the section
             "classification" of the record); 1 also where it has not been measured.
     """
 

@@ -22,6 +22,7 @@ from lora_squeeze.calibration_file import Calibration
 from lora_squeeze.data_aware import base_name
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats import peft
+from lora_squeeze.methods.modes import evaluating
 from lora_squeeze.runtime import choose_device, choose_precision
 from lora_squeeze.training.ask import calibrate
 from lora_squeeze.training.dataset import Data, load_data
@@ -36,7 +37,6 @@ from lora_squeeze.training.libraries import (
     random_state_put_back,
 )
 from lora_squeeze.training.live import LiveModule, live_modules
-from lora_squeeze.training.squeezer import evaluating
 
 EXAMPLES = 64
 

@@ -22,8 +22,8 @@ from transformers import GenerationConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.methods.modes import evaluating
 from lora_squeeze.training.live import holder_of
-from lora_squeeze.training.squeezer import evaluating
 
 TEACHER = "teacher"
 IGNORED = -100  # the label of a position that does not count

@@ -14,8 +14,8 @@ One call per optimiser step does all of it:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lora_squeeze.adaptive import Adaptive
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.methods.control import end_control
+from lora_squeeze.methods.modes import evaluating
 from lora_squeeze.moments import predicted_increase
 from lora_squeeze.post_squeeze import decomposed
 from lora_squeeze.ranks import Allocation, Limits, Unit, choose, price
@@ -285,18 +286,6 @@ class Squeezer:
         if isinstance(self.schedule, Schedule) and self.allocate == "uniform":
             return any(m.rank() > max(1, self.target_rank // m.step) for m in modules)
         return sum(m.cost * m.rank() for m in modules) > self.budgets[-1]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode again after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _bare(modules: Sequence[AnyModule]) -> list[Unit]:

@@ -26,15 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.methods.adapters.engine import AdapterConfig, register
-from lora_squeeze.methods.adapters.sparse_entries import SparseDelta, carry_state
+from lora_squeeze.methods.adapters.engine import register
+from lora_squeeze.methods.adapters.sparse_entries import SparseConfig, SparseDelta, carry_state
 from lora_squeeze.methods.control import Controller, controlled_by
 
 Choice = Literal["principal", "magnitude", "random"]
 
 
 @dataclass
-class LiftConfig(AdapterConfig):
+class LiftConfig(SparseConfig):
     """Configuration of LIFT.
 
     Args:
@@ -74,7 +74,7 @@ class LiftDelta(SparseDelta):
         config, generator = self.config, self.site.generator(self.config.seed, "choice")
         count = min(config.r * sum(weight.shape), weight.numel())
         if config.choice == "random":
-            return torch.randperm(weight.numel(), generator=generator)[:count].sort().values
+            return torch.randperm(weight.numel(), generator=generator, device="cpu")[:count].sort().values
         if config.choice == "principal":
             weight = low_rank(weight, config.filter_rank or config.r, config.power_iterations, generator)
         return largest(weight.abs(), count)
@@ -110,7 +110,8 @@ def low_rank(weight: Tensor, rank: int, power_iterations: int | None, generator:
 
 def _range(weight: Tensor, width: int, power_iterations: int, generator: torch.Generator) -> Tensor:
     """Orthonormal columns that span the matrix's first left singular vectors, nearly."""
-    Q: Tensor = torch.linalg.qr(weight @ torch.randn(weight.shape[1], width, generator=generator)).Q
+    sketch = torch.randn(weight.shape[1], width, generator=generator, dtype=torch.float32, device="cpu")
+    Q: Tensor = torch.linalg.qr(weight @ sketch).Q
     for _ in range(power_iterations):
         Q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ Q).Q).Q
     return Q

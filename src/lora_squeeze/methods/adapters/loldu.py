@@ -12,8 +12,9 @@ Their code trains z alone; the paper also speaks of a learned sigma, see `train_
 A truncated LDU is no approximation of W (its residual can have several times the energy of W), and neither L nor U is
 orthogonal: r below q chooses by the order of rows and columns. sigma with the default alpha is 1 / width and scales
 the updates, so the rate must be far above a LoRA's: a hundred times it, 0.3, was the best of MiniLM, and 0.1 was
-worse. A pivot below 1e-6 of the largest, as of a rank-deficient or padded weight, would blow up its row of U: that row
-is 0 and its number does nothing.
+worse. A pivot that is zero but for rounding, as those of a rank-deficient or padded weight (below 1.2e-7 times the
+longer side, as a share of the largest pivot), has a row of U that hangs on the last bits of W: that row is 0 and its
+number does nothing.
 
 As a plain LoRA: exact at rank r, on the weight as it was; the best one of rank k is not that of the k largest
 |z - z0|. Not for adapters that are to fit in little memory: L and U take twice that of W.
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from lora_squeeze.methods.adapters.decomposed import DecomposedDelta
 from lora_squeeze.methods.adapters.engine import AdapterConfig, Site, register
 
-_SMALLEST_PIVOT = 1e-6  # of the largest one
+_ROUNDING = torch.finfo(torch.float32).eps  # also for W in 16 bits, whose own rounding is a part of it
 
 
 @dataclass
@@ -51,6 +52,7 @@ class LolduConfig(AdapterConfig):
 class LolduDelta(DecomposedDelta):
     """One layer; trained: change (r), which is z - z0, and with `train_scale` sigma (1)."""
 
+    diagonal_core = True
     z0: Tensor
     sigma: Tensor
 
@@ -80,11 +82,11 @@ def ldu(weight: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor, Tensor]:
     """P L (out, q), the pivots (q) and U (q, in), unit upper triangular, of W = P L diag(pivots) U, in float64.
 
     Notes:
-        On the CPU, O(out in q). Rows of U with a pivot next to zero are zero, and their part of W is left out.
+        On the CPU, O(out in q). Rows of U with a pivot that rounding makes are zero: their part of W is left out.
     """
     P, L, upper = torch.linalg.lu(weight.detach().to("cpu", torch.float64))
     pivots = upper.diagonal()
-    alive = pivots.abs() > _SMALLEST_PIVOT * pivots.abs().max()
+    alive = pivots.abs() > _ROUNDING * max(weight.shape) * pivots.abs().max()
     U = torch.where(alive[:, None], upper / pivots[:, None], 0.0)
     return L[P.argmax(1)], pivots, U
 

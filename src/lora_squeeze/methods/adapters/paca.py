@@ -91,7 +91,7 @@ class PacaDelta(Delta):
     def replaced(self, x: Tensor, base: nn.Module) -> Tensor:
         """W_eff x + b in one product."""
         layer: Any = base
-        if not _only_multiplies(layer):
+        if not only_multiplies(layer):
             output: Tensor = layer(x)
             update: Tensor = self(x.to(self.dtype), output)
             return output + update.to(output.dtype)
@@ -180,11 +180,12 @@ def _is_turned(layer: Any) -> bool:
     return type(layer).__name__ == "Conv1D"
 
 
-def _only_multiplies(layer: Any) -> bool:
+def only_multiplies(layer: Any) -> bool:
     """Whether a layer's output is W x + b of a frozen plain weight, and nobody listens."""
     if type(layer).forward is not nn.Linear.forward and not _is_turned(layer):
         return False
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    hooked = any(hooks) or "forward" in vars(layer)
     return type(layer.weight) is nn.Parameter and not layer.weight.requires_grad and not hooked
 
 

@@ -18,9 +18,10 @@ We know the paper's abstract and public summaries: shared r x r atoms, routing b
 attention over earlier blocks, top-k convex weights, a prior from language on the logits. All else is our reading.
 
 The update depends on the input: it cannot be merged and is no LoRA. `fix_routes` puts the mean of M_b over data in its
-place: then, and with one atom always, it is a plain LoRA, exact at rank r. Decoding with a cache sees the last token
-alone: it needs pool="token", or use_cache=False. In a model with encoder and decoder adapt one of the two. Gradient
-checkpointing works with use_reentrant=False. Not with a single block: nothing is earlier, and Wd, Ws, q0 are not used.
+place: then, and with one atom always, it is a plain LoRA, exact at rank r. Decoding with a cache, the default of
+`generate`, sees the last token alone: but with pool="token" it is refused, so give use_cache=False. In a model with
+encoder and decoder adapt one of the two. Gradient checkpointing works with use_reentrant=False. Not with a single
+block: nothing is earlier, and Wd, Ws, q0 are not used.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from lora_squeeze.methods.adapters.queryable_routing import (
     pooled,
     with_gradient,
 )
+from lora_squeeze.methods.modes import evaluating
 
 _POOLS = ("causal", "token", "mean")
 _NOISE = 0.02
@@ -124,7 +126,7 @@ class QueryableDelta(FactorDelta):
         self.layer = self.context.join()
         if self.memory is self:
             self._make_memory()
-            site.shared["model"]().register_forward_pre_hook(ClearAtEntry(self.context))
+            site.shared["model"]().register_forward_pre_hook(ClearAtEntry(self.context), with_kwargs=True)
 
     @property
     def memory(self) -> QueryableDelta:
@@ -182,7 +184,18 @@ class QueryableDelta(FactorDelta):
         return functional.linear(mixed, self.scale * self.B)
 
     def routed(self, h: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch K"]:
-        """Each token's weights of the atoms, which the first layer of the block to be reached computes."""
+        """Each token's weights of the atoms, which the first layer of the block to be reached computes.
+
+        Raises:
+            LoraSqueezeError: earlier tokens are in a cache alone, and the state is a mean over them.
+        """
+        if self.context.continues and self.config.pool != "token":
+            raise LoraSqueezeError(
+                f'{self.site.name}: a Queryable LoRA with pool="{self.config.pool}" is routed by all tokens and cannot '
+                'go on from a cache of the earlier ones; give use_cache=False, train with pool="token", or put its '
+                "mean over your data in its place: "
+                "lora_squeeze.methods.adapters.queryable_lora.fix_routes(model, batches)"
+            )
         key = self.block, tuple(h.shape[:-1])
         found = self.context.routes.get(key)
         if found is not None and found.layer != self.layer:
@@ -317,17 +330,15 @@ def fix_routes(model: nn.Module, batches: Iterable[Any], adapter: str = "default
 def _mean_weights(model: nn.Module, batches: Iterable[Any], context: Context) -> dict[int, Tensor]:
     """Block -> mean weights of the atoms (K)."""
     seen: dict[int, list[Tensor]] = {}
-    was_training = model.training
-    model.eval()
     for batch in batches:
-        model(**batch) if isinstance(batch, Mapping) else model(batch)
+        with evaluating(model):
+            model(**batch) if isinstance(batch, Mapping) else model(batch)
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         for (block, shape), route in context.routes.items():
             counted = torch.ones(shape) if mask is None or mask.shape != shape else mask
             weights = route.weights[counted.bool()].double()
             one = torch.ones(1, device=weights.device, dtype=weights.dtype)
             seen.setdefault(block, []).append(torch.cat([weights.sum(0), len(weights) * one]))
-    model.train(was_training)
     totals = {block: torch.stack(parts).sum(0) for block, parts in seen.items()}
     return {block: total[:-1] / total[-1] for block, total in totals.items()}
 

@@ -36,11 +36,12 @@ class Context:
     """The routes of one forward pass of one adapter, in the order in which its blocks were reached.
 
     They stay until the next pass begins, since checkpointing comes back for them. A copy, or one read back from a
-    file, is empty: a pass is not carried over.
+    file, is empty: a pass is not carried over. `continues`: the pass goes on from a cache of earlier tokens.
     """
 
     def __init__(self) -> None:
         self.layers = 0
+        self.continues = False
         self.instruction: Tensor | None = None
         self.routes: dict[Key, Route] = {}
 
@@ -87,14 +88,21 @@ class ClearAtEntry:
     def __reduce__(self) -> tuple[Any, ...]:
         return ClearAtEntry, (self.context() or Context(),)
 
-    def __call__(self, model: nn.Module, args: Any) -> None:
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         context = self.context()
         if context is not None:
             context.routes.clear()
+            context.continues = _holds_tokens(kwargs.get("past_key_values"))
             return
         for key, hook in list(model._forward_pre_hooks.items()):
             if hook is self:
-                del model._forward_pre_hooks[key]
+                del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+
+
+def _holds_tokens(cache: Any) -> bool:
+    """Whether a cache of keys and values has any: one of transformers, or a tuple."""
+    count = getattr(cache, "get_seq_length", None)
+    return bool(cache) if count is None else bool(count() > 0)
 
 
 def with_gradient(kept: Tensor, trained: bool) -> Tensor:

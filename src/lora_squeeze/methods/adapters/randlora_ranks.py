@@ -74,8 +74,9 @@ class RandLoraRanksDelta(FactorDelta):
         shape = len(self.lambda_), size, self.config.r
 
         def draw() -> Tensor:
-            drawn = torch.rand(shape, generator=seeded(self.config.seed, "basis", side, *shape)) * 2 - 1
-            return drawn / drawn.std()
+            generator = seeded(self.config.seed, "basis", side, *shape)
+            drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1
+            return drawn * math.sqrt(3) if drawn.numel() == 1 else drawn / drawn.std()  # one has no deviation
 
         return self.shared_tensor((side, self.config.seed, *shape), draw)
 

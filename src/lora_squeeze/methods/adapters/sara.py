@@ -29,16 +29,16 @@ import torch
 from torch import Tensor, nn
 
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.methods.adapters.engine import AdapterConfig, register
+from lora_squeeze.methods.adapters.engine import register
 from lora_squeeze.methods.adapters.lift import largest
-from lora_squeeze.methods.adapters.sparse_entries import SparseDelta, carry_state
+from lora_squeeze.methods.adapters.sparse_entries import SparseConfig, SparseDelta, carry_state
 from lora_squeeze.methods.control import Controller, controlled_by
 
 THETA = 2e-3
 
 
 @dataclass
-class SaraConfig(AdapterConfig):
+class SaraConfig(SparseConfig):
     """Configuration of SaRA.
 
     Args:
@@ -75,7 +75,8 @@ def sara_learning_rate(theta: float = THETA) -> float:
 class SaraDelta(SparseDelta):
     """One layer; trained: values, the chosen entries of W'."""
 
-    start: Tensor
+    _start: Tensor
+    _start_of: Tensor | None = None
 
     def choose(self, weight: Tensor) -> Tensor:
         """The places of the small entries in the flat weight, ascending; of equals at the end the first ones."""
@@ -97,12 +98,24 @@ class SaraDelta(SparseDelta):
 
     def first_values(self) -> Tensor:
         """The entries of W."""
-        self.register_buffer("start", self._picked(), persistent=False)
         return self.start.clone()
+
+    @property
+    def start(self) -> Tensor:
+        """What the entries are in W; read again where others have been chosen or loaded, since no file has it."""
+        if self._start_of is not self.index:
+            self._read_start()
+        return self._start
+
+    def _read_start(self) -> None:
+        weight = self.site.base_weight().detach()
+        places = self.index.long().to(weight.device)
+        start = weight[places // weight.shape[1], places % weight.shape[1]].float()
+        self._start, self._start_of = start.to(self.index.device), self.index
 
     def change(self) -> Tensor:
         """Of the entries from W."""
-        return self.values - self.frozen("start")
+        return self.values - self.start.to(self.dtype)
 
     def penalised(self) -> Tensor:
         """The matrix whose nuclear norm is the penalty: the trained entries, zeros elsewhere."""
@@ -133,22 +146,17 @@ class SaraDelta(SparseDelta):
         self.values = new
         self.kept_index = torch.cat([self.kept_index, self.index[~small]])
         self.kept = torch.cat([self.kept, gone.to(self.kept.dtype)])
-        self.index, self.start = self.index[small], self.start[small]
+        self.index = self.index[small]
         for group in optimizer.param_groups:
             group["params"][:] = [new if p is old else p for p in group["params"]]
         if old in optimizer.state:
             optimizer.state[new] = optimizer.state.pop(old)
 
-    def _picked(self) -> Tensor:
-        weight = self.site.base_weight().detach()
-        places = self.index.long().to(weight.device)
-        return weight[places // weight.shape[1], places % weight.shape[1]].float()
-
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """What the entries were in W is read again: it is not in the file."""
+        """What the entries are in W is read before a forward pass, in which a quantised W may be packed with loss."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "index" in state_dict:
-            self.start = self._picked()
+            self._read_start()
 
 
 class SaraController(Controller):
@@ -181,8 +189,8 @@ class SaraController(Controller):
                 delta.narrow(self.optimizer)
         candidates = [delta for delta in self.deltas.values() if len(delta.values)]
         if candidates and self.config.nuclear:
-            drawn = candidates[int(torch.randint(len(candidates), (), generator=self.generator()))]
-            drawn.penalise(self.config.nuclear)
+            number = torch.randint(len(candidates), (), generator=self.generator(), device="cpu")
+            candidates[int(number)].penalise(self.config.nuclear)
 
 
 register("sara", SaraConfig, SaraDelta)

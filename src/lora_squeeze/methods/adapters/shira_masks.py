@@ -21,6 +21,7 @@ As a plain LoRA: only squeezed. The update has full rank and a flat spectrum, so
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.methods.adapters.lift import largest
+from lora_squeeze.methods.modes import evaluating
 
 Mask = Callable[..., Tensor]
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -40,7 +42,8 @@ def set_mask(config: Any, name: str, mask: Mask) -> Any:
     Args:
         config: a `ShiraConfig`; changed.
         name: that adapter_config.json shall have as `mask_type`; PEFT reads the places from the file, not the mask.
-        mask: one of this module, or f(base_layer, r, **kwargs) -> 0 and 1 of the weight's shape.
+        mask: one of this module, or f(base_layer, r, **kwargs) -> 0 and 1 of the weight's shape. To pickle the model,
+            f must be a function of a module, as these are.
 
     Returns:
         The configuration.
@@ -55,19 +58,7 @@ def set_mask(config: Any, name: str, mask: Mask) -> Any:
 
 def struct_mask() -> Mask:
     """The main diagonal, which gives the rank, and whole rows at equal distances; the last row is cut to the budget."""
-
-    def mask(base_layer: nn.Module, r: int, **kwargs: Any) -> Tensor:
-        weight = _weight(base_layer)
-        out, columns = weight.shape
-        chosen = torch.eye(out, columns, dtype=torch.bool)
-        rest = _budget(weight, r) - int(chosen.sum())
-        for row in _spread(out, rest, columns - chosen.sum(1)):
-            free = (~chosen[row]).nonzero().flatten()[:rest]
-            chosen[row, free] = True
-            rest -= len(free)
-        return chosen.to(weight)
-
-    return mask
+    return _struct
 
 
 def magnitude_mask(part: int = 0) -> Mask:
@@ -77,7 +68,7 @@ def magnitude_mask(part: int = 0) -> Mask:
         part: 0 takes the largest, 1 those that come after them, and so on: masks that do not overlap, one for each of
             several tasks whose adapters will be added.
     """
-    return _by_score(lambda layer: _weight(layer).abs(), part)
+    return partial(_by_score, _size, part)
 
 
 def gradient_mask(gradients: Mapping[int, Tensor], part: int = 0) -> Mask:
@@ -87,7 +78,7 @@ def gradient_mask(gradients: Mapping[int, Tensor], part: int = 0) -> Mask:
         gradients: of `calibration_gradients`, on the model that the adapter is put on.
         part: as in `magnitude_mask`.
     """
-    return _by_score(lambda layer: _gradient(gradients, layer).abs(), part)
+    return partial(_by_score, partial(_gradient_size, gradients), part)
 
 
 def snip_mask(gradients: Mapping[int, Tensor], part: int = 0) -> Mask:
@@ -97,7 +88,7 @@ def snip_mask(gradients: Mapping[int, Tensor], part: int = 0) -> Mask:
         gradients: of `calibration_gradients`, on the model that the adapter is put on.
         part: as in `magnitude_mask`.
     """
-    return _by_score(lambda layer: (_weight(layer).float().cpu() * _gradient(gradients, layer)).abs(), part)
+    return partial(_by_score, partial(_sensitivity, gradients), part)
 
 
 def calibration_gradients(
@@ -131,16 +122,16 @@ def calibration_gradients(
     if not found:
         raise LoraSqueezeError(f"no linear layer of the model is called {' or '.join(ends)}; name target_modules")
     parameters = list(model.parameters())
-    wanted, mode = [p.requires_grad for p in parameters], model.training
+    wanted = [p.requires_grad for p in parameters]
     weights = [module.weight for module in found.values()]
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
-        sums = _summed(model.eval(), weights, batches, loss or (lambda model, batch: model(**batch).loss))
+        with evaluating(model):
+            sums = _summed(model, weights, batches, loss or (lambda model, batch: model(**batch).loss))
     finally:
-        model.train(mode)
         for parameter, before in zip(parameters, wanted, strict=True):
             parameter.requires_grad_(before)
     for name, gradient in zip(found, sums, strict=True):
@@ -153,7 +144,10 @@ def _summed(model: nn.Module, weights: list[Tensor], batches: Iterable[Any], los
     sums: list[Tensor | None] = [None] * len(weights)
     count = 0
     for count, batch in enumerate(batches, start=1):  # noqa: B007 (the count is of use)
-        for number, gradient in enumerate(torch.autograd.grad(loss(model, batch), weights, allow_unused=True)):
+        value = loss(model, batch)
+        if not value.requires_grad:  # it depends on none of them
+            continue
+        for number, gradient in enumerate(torch.autograd.grad(value, weights, allow_unused=True)):
             if gradient is not None:
                 before, new = sums[number], gradient.float().cpu()
                 sums[number] = new if before is None else before + new
@@ -162,20 +156,43 @@ def _summed(model: nn.Module, weights: list[Tensor], batches: Iterable[Any], los
     return sums
 
 
-def _by_score(score: Callable[[nn.Module], Tensor], part: int) -> Mask:
-    def mask(base_layer: nn.Module, r: int, **kwargs: Any) -> Tensor:
-        weight = _weight(base_layer)
-        count = _budget(weight, r)
-        if (part + 1) * count > weight.numel():
-            raise LoraSqueezeError(
-                f"part {part} of {count} entries each is beyond the {weight.numel()} of a weight of "
-                f"{tuple(weight.shape)}; lower r or use fewer parts"
-            )
-        chosen = torch.zeros(weight.numel(), device=weight.device, dtype=weight.dtype)
-        chosen[largest(score(base_layer), count, part * count).to(weight.device)] = 1
-        return chosen.view(weight.shape)
+def _struct(base_layer: nn.Module, r: int, **kwargs: Any) -> Tensor:
+    weight = _weight(base_layer)
+    out, columns = weight.shape
+    chosen = torch.eye(out, columns, dtype=torch.bool)
+    rest = _budget(weight, r) - int(chosen.sum())
+    for row in _spread(out, rest, columns - chosen.sum(1)):
+        free = (~chosen[row]).nonzero().flatten()[:rest]
+        chosen[row, free] = True
+        rest -= len(free)
+    return chosen.to(weight)
 
-    return mask
+
+def _by_score(
+    score: Callable[[nn.Module], Tensor], part: int, base_layer: nn.Module, r: int, **kwargs: Any
+) -> Tensor:  # fmt: skip
+    weight = _weight(base_layer)
+    count = _budget(weight, r)
+    if (part + 1) * count > weight.numel():
+        raise LoraSqueezeError(
+            f"part {part} of {count} entries each is beyond the {weight.numel()} of a weight of "
+            f"{tuple(weight.shape)}; lower r or use fewer parts"
+        )
+    chosen = torch.zeros(weight.numel(), device=weight.device, dtype=weight.dtype)
+    chosen[largest(score(base_layer), count, part * count).to(weight.device)] = 1
+    return chosen.view(weight.shape)
+
+
+def _size(layer: nn.Module) -> Tensor:
+    return _weight(layer).abs()
+
+
+def _gradient_size(gradients: Mapping[int, Tensor], layer: nn.Module) -> Tensor:
+    return _gradient(gradients, layer).abs()
+
+
+def _sensitivity(gradients: Mapping[int, Tensor], layer: nn.Module) -> Tensor:
+    return (_weight(layer).float().cpu() * _gradient(gradients, layer)).abs()
 
 
 def _budget(weight: Float[Tensor, "out in"], r: int) -> int:

@@ -10,7 +10,8 @@ Both methods choose again while they train. What was trained and is no longer ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,23 @@ from torch.nn import functional
 
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.methods.adapters.engine import AdapterConfig, Delta, Site
+from lora_squeeze.methods.adapters.paca import only_multiplies
+
+
+@dataclass
+class SparseConfig(AdapterConfig):
+    """What both methods are configured with beside their own.
+
+    Args:
+        sizes: written when an adapter is saved: name of a layer -> how many entries it trains, and how many it keeps.
+            A loader that compares shapes finds them right by that. Leave it out.
+    """
+
+    sizes: dict[str, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.to_be_loaded = dict(self.sizes)  # of a file; none where a method begins
 
 
 class SparseDelta(Delta):
@@ -33,16 +51,18 @@ class SparseDelta(Delta):
     kept_index: Tensor
     kept: Tensor
 
-    def __init__(self, site: Site, config: AdapterConfig) -> None:
+    def __init__(self, site: Site, config: SparseConfig) -> None:
         super().__init__(site, config)
         self.replaces = not config.dropout  # the dropout acts on the inputs of the change alone
         size = site.in_features * site.out_features
         kind = torch.int32 if size < 2**31 else torch.int64
-        # An adapter that is loaded to be used has its entries in the file; to choose them can take long.
-        index = torch.empty(0) if config.inference_mode else self.choose(self.base())
+        # An adapter that is loaded has its entries in the file; to choose them can take long.
+        sizes = config.to_be_loaded.pop(site.name, (0, 0) if config.inference_mode else None)
+        index = self.choose(self.base()) if sizes is None else torch.zeros(sizes[0])
+        kept = 0 if sizes is None else sizes[1]
         self.register_buffer("index", index.to(kind))
-        self.register_buffer("kept_index", torch.empty(0, dtype=kind))
-        self.register_buffer("kept", torch.empty(0))
+        self.register_buffer("kept_index", torch.zeros(kept, dtype=kind))
+        self.register_buffer("kept", torch.zeros(kept, dtype=torch.float32))
         self.values = nn.Parameter(self.first_values())
         if not config.init_weights:
             self.values.data += torch.randn(len(index))
@@ -81,8 +101,8 @@ class SparseDelta(Delta):
         return self._linear(x, None)
 
     def replaced(self, x: Tensor, base: nn.Module) -> Tensor:
-        """(W + dW) x + b in one product; the sum of two where other code watches or moves the base layer."""
-        if base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"):
+        """(W + dW) x + b in one product; the sum of two where the base layer does more or is trained itself."""
+        if not only_multiplies(base):
             base_output: Tensor = base(x)
             change: Tensor = self(x.to(self.dtype), base_output)
             return base_output + change.to(base_output.dtype)
@@ -113,14 +133,25 @@ class SparseDelta(Delta):
         found: Tensor = product.apply(x, change, index, base, self._shape)
         return found
 
+    def _save_to_state_dict(self, *args: Any) -> None:
+        """The configuration is written after the numbers, and says how many there are."""
+        self.config.sizes[self.site.name] = [len(self.index), len(self.kept)]
+        parent: Any = super()
+        parent._save_to_state_dict(*args)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Make room first: how many entries there are is told by the file alone."""
-        for name in ("index", "kept_index", "kept", "values"):
-            found, own = state_dict.get(prefix + name), getattr(self, name)
-            if found is not None and found.shape != own.shape:
-                own.data = own.data.new_empty(found.shape)
+        """How many entries there are is told by the file alone."""
+        make_room(self, state_dict, prefix, ("index", "kept_index", "kept", "values"))
         parent: Any = super()
         parent._load_from_state_dict(state_dict, prefix, *args)
+
+
+def make_room(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, names: Iterable[str]) -> None:
+    """Give tensors of a module the shapes that they have in a state that is to be loaded."""
+    for name in names:
+        found, own = state_dict.get(prefix + name), getattr(module, name)
+        if found is not None and found.shape != own.shape:
+            own.data = own.data.new_empty(found.shape)
 
 
 def _filled(base: Tensor | None, change: Tensor, index: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

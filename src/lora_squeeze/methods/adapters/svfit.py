@@ -9,8 +9,13 @@ largest |s - s0|.
 
 There is no code of the authors, and of the paper's body nothing was at hand. That r is the full width by default is an
 inference from its count, a sixteenth of a LoRA of rank 8; it also speaks of the top values with 99 % of the
-information, which is `energy` here, measured in squares: that reading is ours. `relative` and `nonnegative` are
-additions of ours. The rate must be higher than a LoRA's, as there are few numbers: try 1e-3 to 1e-1.
+information, which is `energy` here, measured in squares: that reading is ours. `relative`, `nonnegative` and
+`store_factors` are additions of ours. The rate must be higher than a LoRA's, as there are few numbers: try 1e-3 to
+1e-1.
+
+Singular values that are zero but for rounding, as where rows of W are, have no vectors of their own: they are not
+trained, and r is the rank of W at most. Equal ones (of an orthogonal W) have some, but which is a matter of the last
+bits: such an adapter is refused where they come out otherwise. Store them with `store_factors`.
 
 As a plain LoRA: exact at rank r, which is large; the best LoRA of rank k has the k largest |s - s0|. Not with a small
 r: only the r directions u_i v_i^T can change, and a change of full rank in no special direction has 1 / width of its
@@ -20,6 +25,8 @@ energy in them. Not for adapters that are to fit in little memory: U and V take 
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +35,9 @@ from torch import Tensor, nn
 
 from lora_squeeze.methods.adapters.decomposed import DecomposedDelta, exact_svd
 from lora_squeeze.methods.adapters.engine import AdapterConfig, Site, register
+from lora_squeeze.methods.adapters.sparse_entries import make_room
+
+_ROUNDING = torch.finfo(torch.float32).eps  # also for W in 16 bits, whose own rounding is a part of it
 
 
 @dataclass
@@ -35,10 +45,12 @@ class SvfitConfig(AdapterConfig):
     """Configuration of SVFit.
 
     Args:
-        r: singular values to train, the largest. Default None: all, as in the paper.
+        r: singular values to train, the largest. Default None: all but zeros, as in the paper.
         energy: in place of r, the share of the sum of squares that they have; each layer gets the r that it needs.
         relative: train s = s0 (1 + z) by z, so that a step moves large singular values by more.
-        nonnegative: keep s from falling below 0; what is there has no gradient.
+        nonnegative: keep s from falling below 0; what would be has no gradient.
+        store_factors: write U_r, V_r and s0 to the file too, r (in + out + 1) numbers per layer: then the base model
+            may come in another dtype, and repeated singular values do no harm.
         alpha: there is none, the scale is 1.
     """
 
@@ -46,6 +58,7 @@ class SvfitConfig(AdapterConfig):
     energy: float | None = None
     relative: bool = False
     nonnegative: bool = False
+    store_factors: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,27 +73,48 @@ class SvfitConfig(AdapterConfig):
 class SvfitDelta(DecomposedDelta):
     """One layer; trained: z (r), the change of the singular values, or their relative change."""
 
+    diagonal_core = True
     s0: Tensor
 
     def __init__(self, site: Site, config: SvfitConfig) -> None:
         U, S, Vh = exact_svd(site.base_weight())
-        r = len(S) if config.r is None else min(config.r, len(S))
+        alive = _ROUNDING * math.sqrt(max(len(U), Vh.shape[1])) * S[0] < S
+        r = max(1, int(alive.sum()))
         if config.energy is not None:
             share = (S**2).cumsum(0)
-            r = min(int((share < config.energy * share[-1]).sum()) + 1, len(S))
-        super().__init__(site, config, U[:, :r], Vh[:r])
-        self.register_buffer("s0", S[:r].float(), persistent=False)
+            r = min(r, int((share < config.energy * share[-1]).sum()) + 1)
+        r = r if config.r is None else min(r, config.r)
+        stored = config.store_factors
+        super().__init__(site, config, U[:, :r] * alive[:r], Vh[:r], stored=stored, checked=not stored)
+        self.register_buffer("s0", S[:r].float(), persistent=stored)
         self.z = nn.Parameter(torch.zeros(r) if config.init_weights else torch.randn(r))
 
     def core(self) -> Tensor:
         """s - s0."""
         s0 = self.frozen("s0")
         change = s0 * self.z if self.config.relative else self.z
-        return torch.maximum(change, -s0) if self.config.nonnegative else change
+        return torch.where(change < -s0, -s0, change) if self.config.nonnegative else change
 
     def singular_values(self) -> Tensor:
         """s (r), in the order of s0."""
         return self.frozen("s0") + self.core()
+
+    def _before_loading(self, state_dict: Any, prefix: str) -> None:
+        """Stored factors are taken in their rank; a file that has numbers for zeros of W loses these."""
+        super()._before_loading(state_dict, prefix)
+        z = state_dict.get(prefix + "z")
+        if z is None or len(z) == self.rank:
+            return
+        if self.config.store_factors:
+            make_room(self, state_dict, prefix, ("B", "A", "s0", "z"))
+            self.rank = len(z)
+        elif prefix + "fingerprint_of_factors" not in state_dict and len(z) > self.rank:
+            warnings.warn(
+                f"{self.site.name}: {len(z) - self.rank} of {len(z)} numbers are of singular values that are 0 in W "
+                "and have no directions of their own; they are left out",
+                stacklevel=2,
+            )
+            state_dict[prefix + "z"] = z[: self.rank]
 
 
 register("svfit", SvfitConfig, SvfitDelta)

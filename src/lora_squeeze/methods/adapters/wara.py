@@ -14,10 +14,10 @@ bands the transform of the features cancels as well: dW = s kron(M, I_n) exactly
 We know the paper's abstracts and a figure: the start, the scale, the wavelet, and "separate" are our reading; "tiny" is
 our reading of its Tiny-WaRA, M = U diag(c) V^T with U and V from the SVD of sum over b of L_b(out) W L_b(in)^T / n.
 
-As a plain LoRA: exact at rank n r, n^2 r with separate maps. Singular values of one map on all bands come in groups of
-n equal ones, so a squeeze to a multiple of n cuts none apart. Not where neighbouring features have nothing in common,
-as in most language models: a shuffle of the features before and after, with equal scores, shows it. At equal r it has
-half the numbers of a LoRA; compare at twice the r.
+As a plain LoRA: exact at rank n r, n^2 r with separate maps. Where n divides both widths, singular values of one map
+on all bands come in groups of n equal ones, so a squeeze to a multiple of n cuts none apart. Not where neighbouring
+features have nothing in common, as in most language models: a shuffle of the features before and after, with equal
+scores, shows it. At equal r it has half the numbers of a LoRA; compare at twice the r.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_squeeze.methods.adapters.engine import AdapterConfig, FactorDelta, Site, register
+from lora_squeeze.methods.adapters.decomposed import OfWeightDelta, exact_svd
+from lora_squeeze.methods.adapters.engine import AdapterConfig, Site, register
 
 _BANDS = ("shared", "separate")
 _HIGHEST = 10  # of Daubechies' wavelets: beyond it the roots of the filter lose their digits
@@ -45,14 +46,15 @@ class WaraConfig(AdapterConfig):
     """Configuration of WaRA.
 
     Args:
-        r: rank of the map on one band; the update's is 2^levels times that.
+        r: rank of one map; the update's is n = 2^levels times that, with "separate" n^2 times.
         alpha: the scale is alpha / r; default r.
         wavelet: "haar", or Daubechies' "db1" (the same) to "db10", whose filters are 2 to 20 long.
-        levels: each halves the trained numbers and doubles the rank.
-        bands: "shared", one map for all bands; "separate", one for each pair of an output and an input band, as many
-            times the numbers.
-        tiny: train r numbers alone, between singular vectors of W's bands. They are computed at the start and not
-            stored: load it beside the same W.
+        levels: each halves the trained numbers and doubles the rank; with "separate" it doubles the numbers and
+            quadruples the rank.
+        bands: "shared", one map for all bands; "separate", one for each pair of an output and an input band, n^2 times
+            the numbers.
+        tiny: train r numbers alone, between singular vectors of W's bands. They are computed again when the adapter is
+            loaded, and another W is refused, as `decomposed` says of its methods.
     """
 
     wavelet: str = "haar"
@@ -71,8 +73,10 @@ class WaraConfig(AdapterConfig):
             raise ValueError("tiny has one map for all bands: leave bands at 'shared'")
 
 
-class WaraDelta(FactorDelta):
+class WaraDelta(OfWeightDelta):
     """One layer; trained: A (maps, r, in / n) and B (maps, out / n, r), or c (r) if tiny."""
+
+    diagonal_core = True
 
     def __init__(self, site: Site, config: WaraConfig) -> None:
         super().__init__(site, config)
@@ -100,11 +104,11 @@ class WaraDelta(FactorDelta):
         self.B = nn.Parameter(B if config.init_weights else torch.randn(B.shape))
 
     def _make_tiny(self) -> None:
-        weight = self.site.base_weight().detach().to("cpu", torch.float32)
+        weight = self.site.base_weight().detach().to("cpu", torch.float64)
         of_in = bands_of(weight, self.filter, self.config.levels)  # (out, n, in / n)
         both = bands_of(of_in.permute(1, 2, 0), self.filter, self.config.levels)  # (n, in / n, n, out / n)
         mean = torch.einsum("bibo->oi", both)  # times n, which its singular vectors do not see
-        U, S, Vh = torch.linalg.svd(mean, full_matrices=False)
+        U, S, Vh = exact_svd(mean)
         if len(S) < self.config.r:
             raise ValueError(
                 f"{self.site.name}: r is {self.config.r}, and the bands of the weight are {tuple(mean.shape)}; lower "
@@ -112,8 +116,10 @@ class WaraDelta(FactorDelta):
             )
         start = torch.zeros if self.config.init_weights else torch.randn
         self.c = nn.Parameter(start(self.config.r))
-        self.register_buffer("U", U[:, : self.config.r].contiguous(), persistent=False)
-        self.register_buffer("Vh", Vh[: self.config.r].contiguous(), persistent=False)
+        U, Vh = U[:, : self.config.r].float(), Vh[: self.config.r].float()
+        self.register_buffer("U", U.contiguous(), persistent=False)
+        self.register_buffer("Vh", Vh.contiguous(), persistent=False)
+        self.check_when_loaded(U, Vh)
 
     def maps(self) -> tuple[Tensor, Tensor]:
         """B (maps, out / n, r) with the scale in it, and A (maps, r, in / n)."""
