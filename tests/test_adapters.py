@@ -351,16 +351,6 @@ def test_a_new_head_is_trained_and_stored(method: Method, tmp_path: Path) -> Non
     assert not torch.allclose(again(batch()), net()(batch()))
 
 
-def test_a_copy_is_independent(method: Method) -> None:
-    model = adapted(method, trained=True)
-    wanted = model(batch())
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(batch()), wanted)
-    shake(twin, seed=11)
-    assert torch.equal(model(batch()), wanted)
-    assert not torch.equal(twin(batch()), wanted)
-
-
 def test_only_linear_layers_are_taken(method: Method) -> None:
     class Convolution(nn.Module):
         def __init__(self) -> None:

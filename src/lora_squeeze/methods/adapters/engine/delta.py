@@ -17,26 +17,62 @@ from lora_squeeze.methods.seeds import seeded
 Pair = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Site:
-    """The layer that a delta belongs to.
+class Shared(dict[Any, Any]):
+    """Objects that the layers of one adapter have in common, by key; see `Delta.share`.
 
-    Args:
-        name: dotted path in the base model.
-        in_features, out_features: of the layer.
-        base_weight: reads W (out, in) of the layer, dequantised, in the dtype of the base, without merged updates; not
-            a copy while none is merged.
-        base_bias: reads the bias, without merged changes; None where there is none.
-        shared: objects that the layers of one adapter share, by key; see `Delta.share`. "model" is a weak reference to
-            the model that the adapter is put on.
+    Copies of a model have the tensors in common too, and a pickled one goes without them: they are made again.
     """
 
-    name: str
-    in_features: int
-    out_features: int
-    base_weight: Callable[[], Tensor]
-    base_bias: Callable[[], Tensor | None]
-    shared: dict[Any, Any]
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        memo[id(self)] = twin = Shared()
+        for key, value in self.items():
+            twin[key] = value if isinstance(value, Tensor) else copy.deepcopy(value, memo)
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Shared, (), None, None, iter([item for item in self.items() if not isinstance(item[1], Tensor)])
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where a delta belongs.
+
+    Args:
+        layer: the adapted layer, see `layer.DeltaLayer`. In a copy of the model it is the copy's.
+        shared: what the layers of the adapter have in common. While they are made, "model" is a weak reference to the
+            model that the adapter is put on.
+    """
+
+    layer: Any
+    shared: Shared
+
+    @property
+    def name(self) -> str:
+        """Dotted path in the base model."""
+        return str(self.layer.name)
+
+    @property
+    def in_features(self) -> int:
+        """Of the layer."""
+        return int(self.layer.in_features)
+
+    @property
+    def out_features(self) -> int:
+        """Of the layer."""
+        return int(self.layer.out_features)
+
+    def base_weight(self) -> Tensor:
+        """W (out, in) of the layer, dequantised, in the dtype of the base, without merged updates.
+
+        It is not a copy while none is merged.
+        """
+        weight: Tensor = self.layer.own_weight()
+        return weight
+
+    def base_bias(self) -> Tensor | None:
+        """The bias, without merged changes; None where there is none."""
+        bias: Tensor | None = self.layer.own_bias()
+        return bias
 
     def generator(self, seed: int, *labels: object) -> torch.Generator:
         """A generator of its own, on the CPU, for this layer's name, a seed and labels."""
@@ -131,14 +167,6 @@ class Delta(nn.Module):
             if moved.dtype != before.dtype:
                 setattr(holder, last, before.to(moved.device))
         return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """The copy has parameters of its own; where it stands, and what is shared, it has in common."""
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        memo[id(self.site)] = self.site
-        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
-        return twin
 
 
 class FactorDelta(Delta):

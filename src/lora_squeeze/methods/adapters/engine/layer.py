@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from lora_squeeze.methods.adapters.engine.delta import Delta, Site
+from lora_squeeze.methods.adapters.engine.delta import Delta, Shared, Site
 from lora_squeeze.methods.control import warn_if_uncontrolled
 
 
@@ -48,10 +48,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         found: nn.ModuleDict = getattr(self, self.adapter_layer_names[0])
         return found
 
-    def update_layer(self, adapter_name: str, config: Any, shared: dict[Any, Any]) -> None:
+    def update_layer(self, adapter_name: str, config: Any, shared: Shared) -> None:
         """Make an adapter's update, or make it anew; it trains or not as the base layer does."""
-        site = Site(self.name, self.in_features, self.out_features, self._own_weight, self._own_bias, shared)
-        self.deltas[adapter_name] = self.delta_class(site, config)
+        self.deltas[adapter_name] = self.delta_class(Site(self, shared), config)
         self.train(self.get_base_layer().training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -71,7 +70,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return weight.T if self._turned() else weight
 
     @torch.no_grad()
-    def _own_weight(self) -> Tensor:
+    def own_weight(self) -> Tensor:
         """The weight without what is merged into it; a new tensor where something is."""
         weight = self._weight()
         if self.merged_adapters:
@@ -80,7 +79,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 self._undo_of(name)(weight)
         return weight
 
-    def _own_bias(self) -> Tensor | None:
+    def own_bias(self) -> Tensor | None:
         """The bias without what is merged into it."""
         before = (self._undo[name][1] for name in self.merged_adapters)
         layer: Any = self.get_base_layer()
