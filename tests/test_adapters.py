@@ -335,6 +335,13 @@ def test_targets_are_asked_for_as_in_peft(method: Method, targets: Any, count: i
     assert len(layers(adapted(method, target_modules=targets))) == count
 
 
+@pytest.mark.parametrize("first", ["all-linear", ["blocks.0.tall"]])
+def test_all_linear_layers_are_taken_beside_another_adapter_too(method: Method, first: Any) -> None:
+    model = adapted(method, target_modules=first)
+    model.add_adapter("second", method.config(target_modules="all-linear"))
+    assert sum("second" in layer.deltas for layer in layers(model).values()) == 5
+
+
 def test_layers_can_be_chosen_and_modules_excluded(method: Method) -> None:
     chosen = adapted(method, layers_to_transform=[1], layers_pattern="blocks")
     assert {name.split("blocks.")[1] for name in layers(chosen)} == {"1.wide", "1.tall"}

@@ -66,7 +66,8 @@ def register(name: str, config: type[AdapterConfig], delta: type[Delta]) -> None
         return
     _add_type(name.upper())
     prefix = f"{name}_"
-    layer = _made("Layer", DeltaLayer, delta, delta_class=delta, adapter_layer_names=(f"{prefix}delta",))
+    # PEFT knows a layer that stands for a linear one by "Linear" in the name of its class.
+    layer = _made("Linear", DeltaLayer, delta, delta_class=delta, adapter_layer_names=(f"{prefix}delta",))
     model = _made("Model", DeltaModel, delta, prefix=prefix, tuner_layer_cls=layer)
     register_peft_method(name=name, config_cls=config, model_cls=model, prefix=prefix)
 
