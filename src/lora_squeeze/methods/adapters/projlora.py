@@ -79,9 +79,8 @@ class ProjLoraDelta(FactorDelta):
         super().__init__(site, config)
         self.rank = config.r
         self.scale = (config.r if config.alpha is None else config.alpha) / config.r
-        # By configuration: an adapter that is deleted and made anew begins with another one.
-        self.layout: _Layout = self.share(("layout", id(config)), _Layout)
-        first: ProjLoraDelta = self.share(("first", id(config)), lambda: self)
+        self.layout: _Layout = self.share("layout", _Layout)
+        first: ProjLoraDelta = self.share("first", lambda: self)
         self._first = [first]  # in a list, so that it is no part of this module
         self.number = len(self.layout.sizes)
         self.layout.sizes.append(config.r * (site.in_features + site.out_features))
