@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_squeeze.methods.adapters.engine import AdapterConfig, FactorDelta, Site, register
+from lora_squeeze.methods.seeds import generator_of
 
 _CHUNK = 64  # basis matrices drawn at a time
 
@@ -105,7 +106,7 @@ class _Mix(torch.autograd.Function):
 
 def _chunks(coefficients: Tensor, seed: int, shape: tuple[int, int]) -> Any:
     """The basis matrices in their order, some at a time, as if they were drawn at once."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     count = len(coefficients)
     for start in range(0, count, _CHUNK):
         drawn = _uniform((min(_CHUNK, count - start), *shape), generator) / math.sqrt(count)
@@ -113,7 +114,7 @@ def _chunks(coefficients: Tensor, seed: int, shape: tuple[int, int]) -> Any:
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=generator) * 2 - 1
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1
 
 
 register("nola", NolaConfig, NolaDelta)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_squeeze.methods.seeds import seeded
+from lora_squeeze.methods.seeds import seeded, usual_defaults
 
 Pair = tuple[Tensor, Tensor]
 
@@ -142,7 +142,8 @@ class Delta(nn.Module):
         Tensors in it are not part of the state and do not follow the model to another device: see `shared_tensor`.
         """
         if key not in self.site.shared:
-            self.site.shared[key] = make()
+            with usual_defaults():
+                self.site.shared[key] = make()
         return self.site.shared[key]
 
     def shared_tensor(self, key: Any, make: Callable[[], Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_squeeze.methods.adapters.engine.delta import Delta, Shared, Site
 from lora_squeeze.methods.control import warn_if_uncontrolled
+from lora_squeeze.methods.seeds import usual_defaults
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
@@ -50,7 +51,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: Any, shared: Shared) -> None:
         """Make an adapter's update, or make it anew; it trains or not as the base layer does."""
-        self.deltas[adapter_name] = self.delta_class(Site(self, shared), config)
+        with usual_defaults():
+            self.deltas[adapter_name] = self.delta_class(Site(self, shared), config)
         self.train(self.get_base_layer().training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
