@@ -97,25 +97,30 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's own `convert_to_lora` takes dW from here; it knows no bias."""
         delta: Any = self.deltas[adapter_name]
-        static: bool = delta.config.static
-        return static and not self.moves_bias
+        return bool(delta.config.static and not delta.moves_bias)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates to the base weight.
 
         Args:
-            safe_merge: look for NaN and infinities first; raises ValueError and leaves the weight as it was.
+            safe_merge: look for NaN and infinities first; raises ValueError and leaves weight and bias as they were.
             adapter_names: which; default the active ones.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.deltas:
                 continue
             delta: Any = self.deltas[name]
-            if safe_merge and not (self._weight() + delta.weight().to(self._weight().dtype)).isfinite().all():
+            if safe_merge and not self._finite_with(delta):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self._undo[name] = self._change(delta.merge_into), self._change_bias(delta)
             self.merged_adapters.append(name)
+
+    def _finite_with(self, delta: Any) -> bool:
+        """Whether weight and bias would be numbers with this update in them."""
+        layer = self.get_base_layer()
+        parts: list[Any] = [(self._weight(), delta.weight()), (getattr(layer, "bias", None), delta.bias())]
+        return all((old + new.to(old.dtype)).isfinite().all() for old, new in parts if new is not None)
 
     @torch.no_grad()
     def unmerge(self) -> None:
