@@ -173,6 +173,30 @@ def test_what_is_saved_is_what_is_loaded(method: Method, low_memory: bool, tmp_p
     assert all(f".{method.name}_delta." in key and ".default" not in key for key in keys)
 
 
+class Inside(nn.Module):
+    """The net, with all its modules under other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.inner(x)
+        return found
+
+
+@pytest.mark.parametrize("low_memory", [False, True], ids=["plain", "low-cpu-mem"])
+def test_it_may_be_loaded_under_other_names(method: Method, low_memory: bool, tmp_path: Path) -> None:
+    model = adapted(method, trained=True)
+    saved(model, tmp_path)
+    mapping = {r"^(blocks|head)": r"inner.\1"}
+    again = PeftModel.from_pretrained(Inside(), tmp_path, key_mapping=mapping, low_cpu_mem_usage=low_memory).eval()
+    assert torch.equal(again(batch()), model(batch()))
+    saved(again, tmp_path / "again")
+    back = PeftModel.from_pretrained(net(), tmp_path / "again", key_mapping={r"^inner\.": ""}).eval()
+    assert torch.equal(back(batch()), model(batch()))
+
+
 def test_a_loaded_adapter_is_frozen_or_trained_as_asked(method: Method, tmp_path: Path) -> None:
     saved(adapted(method), tmp_path)
     frozen = PeftModel.from_pretrained(net(), tmp_path)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_squeeze.methods.seeds import seeded, usual_defaults
+from lora_squeeze.methods.seeds import seed_of, seeded, usual_defaults
 
 Pair = tuple[Tensor, Tensor]
 
@@ -78,12 +78,18 @@ class Site:
         """A generator of its own, on the CPU, for this layer's name, a seed and labels."""
         return seeded(seed, self.name, *labels)
 
+    def seeds(self, seed: int, *labels: object) -> Tensor:
+        """What the generators of this layer's name, a seed and each of the labels are seeded with (labels), int64."""
+        return torch.tensor([seed_of(seed, self.name, label) for label in labels])
+
 
 class Delta(nn.Module):
     """The update of one layer by one adapter.
 
     Trained numbers are parameters. Frozen ones are buffers: they keep float32 whatever the model is cast to, since they
-    are drawn from a seed or computed from W and not stored; those with `persistent=True` are stored.
+    are drawn from a seed or computed from W and not stored; those with `persistent=True` are stored. PEFT may load an
+    adapter under other names of layers, so what is drawn by the layer's name is drawn from a buffer `seeds`, see
+    `Site.seeds`, which is stored.
 
     Attributes:
         rank: bound of the rank of dW, for an exact plain LoRA; None: no bound below min(out, in).
@@ -94,6 +100,7 @@ class Delta(nn.Module):
     rank: int | None = None
     replaces: bool = False
     moves_bias: bool = False
+    seeds: Tensor
 
     def __init__(self, site: Site, config: Any) -> None:
         super().__init__()
@@ -126,6 +133,10 @@ class Delta(nn.Module):
         weight += self.weight().to(weight.dtype)
         return None
 
+    def draw(self) -> None:
+        """Draw the frozen numbers from `seeds`, for methods that have it."""
+        raise NotImplementedError
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the trained numbers, which is what x is cast to."""
@@ -155,6 +166,17 @@ class Delta(nn.Module):
         where = (key, like.device, like.dtype)
         found: Tensor = self.share(where, lambda: self.share((key, "cpu"), make).to(like.device, like.dtype))
         return found
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Draw again where the seeds are others. A file without them is of layers with these names."""
+        own = self._buffers.get("seeds")
+        before = None if own is None or own.is_meta else own.tolist()
+        if own is not None:
+            state_dict.setdefault(f"{prefix}seeds", own)
+        parent: Any = super()
+        parent._load_from_state_dict(state_dict, prefix, *args)
+        if own is not None and not self.seeds.is_meta and self.seeds.tolist() != before:
+            self.draw()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Frozen numbers change their place but never their dtype."""
