@@ -163,6 +163,26 @@ def test_dropout_acts_between_the_factors_and_not_on_the_input() -> None:
     assert twice.any()
 
 
+def test_a_safe_merge_looks_at_the_bias_too() -> None:
+    layer = one_layer().half()
+    layer.get_base_layer().bias.data.fill_(6e4)
+    delta_of(layer).A_s.data.fill_(1e-2)
+    delta_of(layer).B_s.data.fill_(1e-1)
+    before = {name: tensor.clone() for name, tensor in layer.get_base_layer().state_dict().items()}
+    assert (before["weight"] + layer.get_delta_weight("default").half()).isfinite().all()
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights. The adapter default"):
+        layer.merge(safe_merge=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.get_base_layer().state_dict().items())
+
+
+def test_what_an_adapter_converts_to_does_not_depend_on_the_one_beside_it() -> None:
+    model = model_of("parallel")
+    model.add_adapter("other", HydraConfig(mode="sequential", target_modules=["only"]))
+    (layer,) = layers(model).values()
+    assert layer.supports_lora_conversion("default")
+    assert not layer.supports_lora_conversion("other")
+
+
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
 @pytest.mark.parametrize("together", [True, False], ids=["at-once", "one-by-one"])
 def test_merged_beside_another_it_still_belongs_to_the_first_weight(together: bool) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from adapters_cases import HIDDEN, IN, METHODS, Method, adapted, batch, drawn_from, layers, net
 from peft import get_peft_model
 from torch import nn
+
+from lora_squeeze.methods.control import deltas_of
 
 pytestmark = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
@@ -43,6 +48,37 @@ def test_two_adapters_of_one_configuration_begin_apart(method: Method) -> None:
     first = outputs(model)
     model.set_adapter("second")
     assert not all_equal(first, outputs(model.eval()))
+
+
+def test_an_adapter_that_is_deleted_and_made_anew_is_a_new_one(method: Method) -> None:
+    config = method.config(init_weights=False)
+    model = adapted(method)
+
+    def added() -> list[torch.Tensor]:
+        with drawn_from(1):
+            model.add_adapter("second", config)
+        model.set_adapter("second")
+        return outputs(model.eval())
+
+    first, count = added(), len(list(model.named_parameters()))
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    assert all_equal(added(), first)
+    assert len(list(model.named_parameters())) == count
+
+
+def test_nothing_of_a_deleted_adapter_stays_alive(method: Method) -> None:
+    model = adapted(method)
+    model.add_adapter("second", method.config(seed=1))
+    model.set_adapter("second")
+    model(batch())
+    held = [weakref.ref(delta) for delta in deltas_of(model, "second").values()]
+    held += [weakref.ref(t) for t in next(iter(deltas_of(model, "second").values())).site.shared.values()
+             if isinstance(t, torch.Tensor)]  # fmt: skip
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    gc.collect()
+    assert not any(reference() is not None for reference in held)
 
 
 @pytest.mark.parametrize("training", [False, True])

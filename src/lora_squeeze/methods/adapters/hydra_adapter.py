@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -111,11 +112,11 @@ class HydraDelta(FactorDelta):
         """Add dW; what takes it out again has the factors from the W of now."""
         B, A = self.factors()
         weight += (B @ A).to(weight.dtype)
+        return partial(_take_out, B, A)
 
-        def undo(merged: Tensor) -> None:
-            merged -= (B @ A).to(merged.dtype)
 
-        return undo
+def _take_out(B: Tensor, A: Tensor, merged: Tensor) -> None:
+    merged -= (B @ A).to(merged.dtype)
 
 
 register("hydra", HydraConfig, HydraDelta)

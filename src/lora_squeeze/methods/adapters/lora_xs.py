@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from lora_squeeze.methods.adapters.decomposed import DecomposedDelta, exact_svd
 from lora_squeeze.methods.adapters.engine import AdapterConfig, Site, register
+from lora_squeeze.methods.seeds import generator_of
 
 _START = 1e-5  # standard deviation of R
 
@@ -42,7 +43,7 @@ class LoraXsConfig(AdapterConfig):
         r: of the SVD; r^2 numbers are trained, fewer in a layer that is narrower than r. Default 16. The authors have
             4 to 25 for RoBERTa and up to 64 for models of 7 billion.
         alpha: default r, so that the scale is 1, as the authors for models of 7 billion; for RoBERTa they have 16.
-        basis: "svd", or "random", with which the method is compared.
+        basis: "svd", or "random", with which the method is compared; of that the layer's seeds are stored.
         store_factors: write U_r and diag(s_r) V_r^T to the file too, r (in + out) numbers per layer: then the base
             model may come in another dtype, and repeated singular values do no harm.
     """
@@ -61,12 +62,20 @@ class LoraXsDelta(DecomposedDelta):
     """One layer; trained: R (r, r)."""
 
     def __init__(self, site: Site, config: LoraXsConfig) -> None:
-        B, A = _svd(site, config) if config.basis == "svd" else _random(site, config)
-        checked = config.basis == "svd" and not config.store_factors
-        super().__init__(site, config, B, A, stored=config.store_factors, checked=checked)
+        svd = config.basis == "svd"
+        seeds = site.seeds(config.seed, "B", "A")
+        B, A = _svd(site, config) if svd else _random(site, config, seeds)
+        super().__init__(site, config, B, A, stored=config.store_factors, checked=svd and not config.store_factors)
+        if not svd and not config.store_factors:
+            self.register_buffer("seeds", seeds)
         self.scale = (config.r if config.alpha is None else config.alpha) / config.r
         start = torch.randn(B.shape[1], B.shape[1])
         self.R = nn.Parameter(start * _START if config.init_weights else start)
+
+    def draw(self) -> None:
+        """B and A of the random basis, from `seeds`."""
+        B, A = _random(self.site, self.config, self.seeds)
+        self.B, self.A = B.to(self.seeds.device), A.to(self.seeds.device)
 
     def core(self) -> Tensor:
         """alpha / r R."""
@@ -78,10 +87,12 @@ def _svd(site: Site, config: LoraXsConfig) -> tuple[Tensor, Tensor]:
     return U[:, : config.r], S[: config.r, None] * Vh[: config.r]
 
 
-def _random(site: Site, config: LoraXsConfig) -> tuple[Tensor, Tensor]:
+def _random(site: Site, config: LoraXsConfig, seeds: Tensor) -> tuple[Tensor, Tensor]:
     r = min(config.r, site.in_features, site.out_features)
-    B = torch.rand(site.out_features, r, generator=site.generator(config.seed, "B")) * 2 - 1
-    A = torch.rand(r, site.in_features, generator=site.generator(config.seed, "A")) * 2 - 1
+    B, A = (
+        torch.rand(shape, generator=generator_of(number), dtype=torch.float32, device="cpu") * 2 - 1
+        for shape, number in zip(((site.out_features, r), (r, site.in_features)), seeds.tolist(), strict=True)
+    )
     return B / math.sqrt(r), A / math.sqrt(site.in_features)
 
 

@@ -2,8 +2,9 @@
 
     dW = alpha / r B A,  A = A_0 + sum_i a_i A_i,  B = sum_j b_j B_j
 
-A_i (r, in) and B_j (out, r) are uniform in (-1, 1) over sqrt(bases) and come from a seed; only the coefficients a and
-b, one number per basis matrix, are trained and stored: the count depends neither on the rank nor on the width.
+A_i (r, in) and B_j (out, r) are uniform in (-1, 1) over sqrt(bases) and come from seeds; only the coefficients a and
+b, one number per basis matrix, are trained, and stored with the layer's three seeds: the count depends neither on the
+rank nor on the width.
 
 a and b begin at 0. A_0 is uniform in +-1 / sqrt(in) as in the authors' code (their equations leave it out, but with
 both factors at zero nothing would ever move), so dW = 0 at the start, b has a gradient from the first step on and a
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_squeeze.methods.adapters.engine import AdapterConfig, FactorDelta, Site, register
+from lora_squeeze.methods.seeds import generator_of
 
 _CHUNK = 64  # basis matrices drawn at a time
 
@@ -59,19 +61,25 @@ class NolaDelta(FactorDelta):
         start = torch.zeros if config.init_weights else torch.randn
         self.a = nn.Parameter(start(config.bases))
         self.b = nn.Parameter(start(config.bases))
-        bound = 1 / math.sqrt(site.in_features)
-        first = _uniform((config.r, site.in_features), site.generator(config.seed, "A0")) * bound
-        self.register_buffer("A_0", first, persistent=False)
+        self.register_buffer("seeds", site.seeds(config.seed, "A0", "A", "B"))
+        self.draw()
+
+    def draw(self) -> None:
+        """A_0 and the basis matrices, from `seeds`."""
+        config, inputs = self.config, self.site.in_features
+        of_first, *of_bases = self.seeds.tolist()
+        self._of_bases = dict(zip("AB", of_bases, strict=True))
+        self._freeze("A_0", _uniform((config.r, inputs), generator_of(of_first)) * (1 / math.sqrt(inputs)))
         if config.keep_bases:
             for side, shape in self._shapes().items():
-                self.register_buffer(f"{side}_bases", self._drawn(side, shape), persistent=False)
+                drawn = _uniform((config.bases, *shape), generator_of(self._of_bases[side]))
+                self._freeze(f"{side}_bases", drawn / math.sqrt(config.bases))
+
+    def _freeze(self, name: str, drawn: Tensor) -> None:
+        self.register_buffer(name, drawn.to(self.seeds.device), persistent=False)
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         return {"A": (self.config.r, self.site.in_features), "B": (self.site.out_features, self.config.r)}
-
-    def _drawn(self, side: str, shape: tuple[int, int]) -> Tensor:
-        generator = self.site.generator(self.config.seed, side)
-        return _uniform((self.config.bases, *shape), generator) / math.sqrt(self.config.bases)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """B (out, r) with the scale in it, and A (r, in)."""
@@ -80,9 +88,8 @@ class NolaDelta(FactorDelta):
             if self.config.keep_bases:
                 mixed[side] = torch.einsum("k,kij->ij", coefficients, self.frozen(f"{side}_bases"))
             else:
-                seed = self.site.generator(self.config.seed, side).initial_seed()
                 mix: Any = _Mix
-                mixed[side] = mix.apply(coefficients, seed, self._shapes()[side])
+                mixed[side] = mix.apply(coefficients, self._of_bases[side], self._shapes()[side])
         return self.scale * mixed["B"], self.frozen("A_0") + mixed["A"]
 
 
@@ -105,7 +112,7 @@ class _Mix(torch.autograd.Function):
 
 def _chunks(coefficients: Tensor, seed: int, shape: tuple[int, int]) -> Any:
     """The basis matrices in their order, some at a time, as if they were drawn at once."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     count = len(coefficients)
     for start in range(0, count, _CHUNK):
         drawn = _uniform((min(_CHUNK, count - start), *shape), generator) / math.sqrt(count)
@@ -113,7 +120,7 @@ def _chunks(coefficients: Tensor, seed: int, shape: tuple[int, int]) -> Any:
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=generator) * 2 - 1
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1
 
 
 register("nola", NolaConfig, NolaDelta)

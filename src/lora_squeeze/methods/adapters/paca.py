@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,7 +104,11 @@ class PacaDelta(Delta):
     def merge_into(self, weight: Float[Tensor, "out in"]) -> Any:
         """Write the columns, and return what puts the old ones back."""
         before = _write(weight, self.columns, self.scale * self.D)
-        return lambda merged: merged.index_copy_(1, self.columns, before.to(merged))
+        return partial(_put_back, self.columns, before)
+
+
+def _put_back(columns: Tensor, before: Tensor, merged: Tensor) -> None:
+    merged.index_copy_(1, columns, before.to(merged))
 
 
 class _Product(torch.autograd.Function):

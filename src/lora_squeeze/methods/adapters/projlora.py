@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lora_squeeze.methods.adapters.engine import AdapterConfig, FactorDelta, Site, register
 from lora_squeeze.methods.adapters.unilora_projections import PROJECTIONS, Projection
+from lora_squeeze.methods.seeds import usual_defaults
 
 
 @dataclass
@@ -79,9 +80,8 @@ class ProjLoraDelta(FactorDelta):
         super().__init__(site, config)
         self.rank = config.r
         self.scale = (config.r if config.alpha is None else config.alpha) / config.r
-        # By configuration: an adapter that is deleted and made anew begins with another one.
-        self.layout: _Layout = self.share(("layout", id(config)), _Layout)
-        first: ProjLoraDelta = self.share(("first", id(config)), lambda: self)
+        self.layout: _Layout = self.share("layout", _Layout)
+        first: ProjLoraDelta = self.share("first", lambda: self)
         self._first = [first]  # in a list, so that it is no part of this module
         self.number = len(self.layout.sizes)
         self.layout.sizes.append(config.r * (site.in_features + site.out_features))
@@ -108,7 +108,8 @@ class ProjLoraDelta(FactorDelta):
         """B (out, r) and A (r, in), picked out of P theta."""
         layout, config = self.layout, self.config
         if layout.projection is None:
-            layout.projection = PROJECTIONS[config.projection](layout.sizes, config.length, config.seed)
+            with usual_defaults():
+                layout.projection = PROJECTIONS[config.projection](layout.sizes, config.length, config.seed)
         numbers = layout.projection.apply(self.vector, sum(layout.sizes[: self.number]), layout.sizes[self.number])
         A, B = numbers.split([config.r * self.site.in_features, config.r * self.site.out_features])
         return self.scale * B.view(-1, config.r), A.view(config.r, -1)

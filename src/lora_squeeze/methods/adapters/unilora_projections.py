@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.methods.seeds import seeded
+from lora_squeeze.methods.seeds import seeded, usual_defaults
 
 Sizes = Sequence[int]
 
@@ -69,7 +69,8 @@ class OneHot(Projection):
     def apply(self, theta: Tensor, start: int, count: int) -> Tensor:
         """A gather and a product."""
         if self.group.device != theta.device:
-            self.group, self.scale = self.group.to(theta.device), self.scale.to(theta.device)
+            with torch.inference_mode(False):  # they are kept, for training too
+                self.group, self.scale = self.group.to(theta.device), self.scale.to(theta.device)
         group = self.group[start : start + count]
         return theta[group] * self.scale[group].to(theta.dtype)
 
@@ -124,7 +125,8 @@ class Gaussian(Projection):
 
     def apply(self, theta: Tensor, start: int, count: int) -> Tensor:
         """Rows of the matrix times theta."""
-        self.matrix = self.matrix.to(theta.device)
+        with torch.inference_mode(False):  # it is kept, for training too
+            self.matrix = self.matrix.to(theta.device)
         return self.matrix[start : start + count].to(theta.dtype) @ theta
 
     def _prepare(self) -> None:
@@ -146,9 +148,10 @@ class Fastfood(Projection):
     def _block(self, theta: Tensor, number: int) -> Tensor:
         generator = seeded(self.seed, "projection", number)
         width = len(theta)
-        signs = torch.randint(2, (width,), generator=generator).to(theta) * 2 - 1
-        order = torch.randperm(width, generator=generator).to(theta.device)
-        normal = torch.randn(width, generator=generator).to(theta)
+        with usual_defaults():
+            signs = torch.randint(2, (width,), generator=generator)
+            order, normal = torch.randperm(width, generator=generator), torch.randn(width, generator=generator)
+        signs, order, normal = signs.to(theta) * 2 - 1, order.to(theta.device), normal.to(theta)
         return _hadamard(normal * _hadamard(signs * theta)[order])
 
 

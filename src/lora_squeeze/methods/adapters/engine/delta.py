@@ -12,42 +12,84 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_squeeze.methods.seeds import seeded
+from lora_squeeze.methods.seeds import seed_of, seeded, usual_defaults
 
 Pair = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Site:
-    """The layer that a delta belongs to.
+class Shared(dict[Any, Any]):
+    """Objects that the layers of one adapter have in common, by key; see `Delta.share`.
 
-    Args:
-        name: dotted path in the base model.
-        in_features, out_features: of the layer.
-        base_weight: reads W (out, in) of the layer, dequantised, in the dtype of the base, without merged updates; not
-            a copy while none is merged.
-        base_bias: reads the bias, without merged changes; None where there is none.
-        shared: objects that the layers of one adapter share, by key; see `Delta.share`. "model" is a weak reference to
-            the model that the adapter is put on.
+    Copies of a model have the tensors in common too, and a pickled one goes without them: they are made again.
     """
 
-    name: str
-    in_features: int
-    out_features: int
-    base_weight: Callable[[], Tensor]
-    base_bias: Callable[[], Tensor | None]
-    shared: dict[Any, Any]
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        memo[id(self)] = twin = Shared()
+        for key, value in self.items():
+            twin[key] = value if isinstance(value, Tensor) else copy.deepcopy(value, memo)
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Shared, (), None, None, iter([item for item in self.items() if not isinstance(item[1], Tensor)])
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where a delta belongs.
+
+    Args:
+        layer: the adapted layer, see `layer.DeltaLayer`. In a copy of the model it is the copy's.
+        shared: what the layers of the adapter have in common. While they are made, "model" is a weak reference to the
+            model that the adapter is put on.
+    """
+
+    layer: Any
+    shared: Shared
+
+    @property
+    def name(self) -> str:
+        """Dotted path in the base model."""
+        return str(self.layer.name)
+
+    @property
+    def in_features(self) -> int:
+        """Of the layer."""
+        return int(self.layer.in_features)
+
+    @property
+    def out_features(self) -> int:
+        """Of the layer."""
+        return int(self.layer.out_features)
+
+    def base_weight(self) -> Tensor:
+        """W (out, in) of the layer, dequantised, in the dtype of the base, without merged updates.
+
+        It is not a copy while none is merged.
+        """
+        weight: Tensor = self.layer.own_weight()
+        return weight
+
+    def base_bias(self) -> Tensor | None:
+        """The bias, without merged changes; None where there is none."""
+        bias: Tensor | None = self.layer.own_bias()
+        return bias
 
     def generator(self, seed: int, *labels: object) -> torch.Generator:
         """A generator of its own, on the CPU, for this layer's name, a seed and labels."""
         return seeded(seed, self.name, *labels)
+
+    def seeds(self, seed: int, *labels: object) -> Tensor:
+        """What the generators of this layer's name, a seed and each of the labels are seeded with (labels), int64."""
+        return torch.tensor([seed_of(seed, self.name, label) for label in labels])
 
 
 class Delta(nn.Module):
     """The update of one layer by one adapter.
 
     Trained numbers are parameters. Frozen ones are buffers: they keep float32 whatever the model is cast to, since they
-    are drawn from a seed or computed from W and not stored; those with `persistent=True` are stored.
+    are drawn from a seed or computed from W and not stored; those with `persistent=True` are stored. PEFT may load an
+    adapter under other names of layers, so what is drawn by the layer's name is drawn from a buffer `seeds`, see
+    `Site.seeds`, which is stored.
 
     Attributes:
         rank: bound of the rank of dW, for an exact plain LoRA; None: no bound below min(out, in).
@@ -58,6 +100,7 @@ class Delta(nn.Module):
     rank: int | None = None
     replaces: bool = False
     moves_bias: bool = False
+    seeds: Tensor
 
     def __init__(self, site: Site, config: Any) -> None:
         super().__init__()
@@ -90,6 +133,10 @@ class Delta(nn.Module):
         weight += self.weight().to(weight.dtype)
         return None
 
+    def draw(self) -> None:
+        """Draw the frozen numbers from `seeds`, for methods that have it."""
+        raise NotImplementedError
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the trained numbers, which is what x is cast to."""
@@ -106,7 +153,8 @@ class Delta(nn.Module):
         Tensors in it are not part of the state and do not follow the model to another device: see `shared_tensor`.
         """
         if key not in self.site.shared:
-            self.site.shared[key] = make()
+            with usual_defaults():
+                self.site.shared[key] = make()
         return self.site.shared[key]
 
     def shared_tensor(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
@@ -118,6 +166,17 @@ class Delta(nn.Module):
         where = (key, like.device, like.dtype)
         found: Tensor = self.share(where, lambda: self.share((key, "cpu"), make).to(like.device, like.dtype))
         return found
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Draw again where the seeds are others. A file without them is of layers with these names."""
+        own = self._buffers.get("seeds")
+        before = None if own is None or own.is_meta else own.tolist()
+        if own is not None:
+            state_dict.setdefault(f"{prefix}seeds", own)
+        parent: Any = super()
+        parent._load_from_state_dict(state_dict, prefix, *args)
+        if own is not None and not self.seeds.is_meta and self.seeds.tolist() != before:
+            self.draw()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Frozen numbers change their place but never their dtype."""
@@ -131,14 +190,6 @@ class Delta(nn.Module):
             if moved.dtype != before.dtype:
                 setattr(holder, last, before.to(moved.device))
         return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """The copy has parameters of its own; where it stands, and what is shared, it has in common."""
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        memo[id(self.site)] = self.site
-        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
-        return twin
 
 
 class FactorDelta(Delta):

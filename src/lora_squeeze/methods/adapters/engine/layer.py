@@ -11,8 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from lora_squeeze.methods.adapters.engine.delta import Delta, Site
+from lora_squeeze.methods.adapters.engine.delta import Delta, Shared, Site
 from lora_squeeze.methods.control import warn_if_uncontrolled
+from lora_squeeze.methods.seeds import usual_defaults
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
@@ -48,10 +49,10 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         found: nn.ModuleDict = getattr(self, self.adapter_layer_names[0])
         return found
 
-    def update_layer(self, adapter_name: str, config: Any, shared: dict[Any, Any]) -> None:
+    def update_layer(self, adapter_name: str, config: Any, shared: Shared) -> None:
         """Make an adapter's update, or make it anew; it trains or not as the base layer does."""
-        site = Site(self.name, self.in_features, self.out_features, self._own_weight, self._own_bias, shared)
-        self.deltas[adapter_name] = self.delta_class(site, config)
+        with usual_defaults():
+            self.deltas[adapter_name] = self.delta_class(Site(self, shared), config)
         self.train(self.get_base_layer().training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -71,7 +72,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return weight.T if self._turned() else weight
 
     @torch.no_grad()
-    def _own_weight(self) -> Tensor:
+    def own_weight(self) -> Tensor:
         """The weight without what is merged into it; a new tensor where something is."""
         weight = self._weight()
         if self.merged_adapters:
@@ -80,7 +81,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 self._undo_of(name)(weight)
         return weight
 
-    def _own_bias(self) -> Tensor | None:
+    def own_bias(self) -> Tensor | None:
         """The bias without what is merged into it."""
         before = (self._undo[name][1] for name in self.merged_adapters)
         layer: Any = self.get_base_layer()
@@ -96,25 +97,30 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's own `convert_to_lora` takes dW from here; it knows no bias."""
         delta: Any = self.deltas[adapter_name]
-        static: bool = delta.config.static
-        return static and not self.moves_bias
+        return bool(delta.config.static and not delta.moves_bias)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates to the base weight.
 
         Args:
-            safe_merge: look for NaN and infinities first; raises ValueError and leaves the weight as it was.
+            safe_merge: look for NaN and infinities first; raises ValueError and leaves weight and bias as they were.
             adapter_names: which; default the active ones.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.deltas:
                 continue
             delta: Any = self.deltas[name]
-            if safe_merge and not (self._weight() + delta.weight().to(self._weight().dtype)).isfinite().all():
+            if safe_merge and not self._finite_with(delta):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self._undo[name] = self._change(delta.merge_into), self._change_bias(delta)
             self.merged_adapters.append(name)
+
+    def _finite_with(self, delta: Any) -> bool:
+        """Whether weight and bias would be numbers with this update in them."""
+        layer = self.get_base_layer()
+        parts: list[Any] = [(self._weight(), delta.weight()), (getattr(layer, "bias", None), delta.bias())]
+        return all((old + new.to(old.dtype)).isfinite().all() for old, new in parts if new is not None)
 
     @torch.no_grad()
     def unmerge(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import Any
 
@@ -11,7 +12,7 @@ from peft.utils.peft_types import PeftType
 from torch import nn
 
 from lora_squeeze.methods.adapters.engine.config import AdapterConfig
-from lora_squeeze.methods.adapters.engine.delta import Delta
+from lora_squeeze.methods.adapters.engine.delta import Delta, Shared
 from lora_squeeze.methods.adapters.engine.layer import DeltaLayer
 
 
@@ -20,19 +21,27 @@ class DeltaModel(BaseTuner):
 
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     tuner_layer_cls: Any
+    shared: Shared  # of the adapter that is being made
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Make an adapter's layers, which share nothing with those of an earlier adapter."""
+        self.shared = Shared(model=weakref.ref(model))
+        try:
+            super().inject_adapter(model, *args, **kwargs)
+        finally:
+            del self.shared["model"]
+            del self.shared
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: Any, target_name: str, parent: nn.Module, current_key: str,
         parameter_name: str | None = None,
     ) -> None:  # fmt: skip
-        of_adapters = self.__dict__.setdefault("shared_of_adapters", {})
-        shared = of_adapters.setdefault(adapter_name, {"model": weakref.ref(self.model)})
         if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, peft_config, shared)
+            target.update_layer(adapter_name, peft_config, self.shared)
             return
         layer = self.tuner_layer_cls(target, current_key)
         layer._active_adapter = self.active_adapter
-        layer.update_layer(adapter_name, peft_config, shared)
+        layer.update_layer(adapter_name, peft_config, self.shared)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -56,13 +65,18 @@ def register(name: str, config: type[AdapterConfig], delta: type[Delta]) -> None
     if config.taken:
         return
     _add_type(name.upper())
-    attribute = f"{name}_delta"
-    layer = type(
-        f"{delta.__name__}Layer", (DeltaLayer,), {"delta_class": delta, "adapter_layer_names": (attribute,)}
-    )  # fmt: skip
     prefix = f"{name}_"
-    model = type(f"{delta.__name__}Model", (DeltaModel,), {"prefix": prefix, "tuner_layer_cls": layer})
+    # PEFT knows a layer that stands for a linear one by "Linear" in the name of its class.
+    layer = _made("Linear", DeltaLayer, delta, delta_class=delta, adapter_layer_names=(f"{prefix}delta",))
+    model = _made("Model", DeltaModel, delta, prefix=prefix, tuner_layer_cls=layer)
     register_peft_method(name=name, config_cls=config, model_cls=model, prefix=prefix)
+
+
+def _made(kind: str, base: type, delta: type[Delta], **members: Any) -> type:
+    """A class of a method as if it were written in the method's module, so that pickle finds it there."""
+    made = type(f"{delta.__name__}{kind}", (base,), {"__module__": delta.__module__, **members})
+    setattr(sys.modules[delta.__module__], made.__name__, made)
+    return made
 
 
 def _add_type(name: str) -> None:
