@@ -59,7 +59,7 @@ def test_a_copy_has_the_base_weights_of_its_own(method: Method, copied: Callable
         assert (merged - wanted).abs().max() <= 2e-5 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("method", [METHODS[name] for name in ("nola", "hydra", "paca")], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [method for method in METHODS.values() if method.static], ids=lambda m: m.name)
 @WAYS
 def test_a_merged_copy_can_be_unmerged(method: Method, copied: Callable[[Any], Any]) -> None:
     model = adapted(method, trained=True)

@@ -120,9 +120,8 @@ class QueryableDelta(FactorDelta):
         if config.fixed:
             self.register_buffer("core", torch.eye(config.r))
             return
-        # By configuration: an adapter that is deleted and made anew begins with another memory. In a tuple, so that
-        # the first layer is no part of the others.
-        self._common: tuple[QueryableDelta, Context] = self.share(("common", id(config)), lambda: (self, Context()))
+        # In a tuple, so that the first layer is no part of the others.
+        self._common: tuple[QueryableDelta, Context] = self.share("common", lambda: (self, Context()))
         self.layer = self.context.join()
         if self.memory is self:
             self._make_memory()

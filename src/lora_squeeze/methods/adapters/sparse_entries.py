@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -117,11 +118,7 @@ class SparseDelta(Delta):
         places = index.long() // self._shape[1], index.long() % self._shape[1]
         before = weight[places]
         weight[places] = (before.to(change.dtype) + change).to(weight.dtype)
-
-        def undo(changed: Tensor) -> None:
-            changed[places] = before
-
-        return undo
+        return partial(_put_back, places, before)
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -152,6 +149,10 @@ def make_room(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, 
         found, own = state_dict.get(prefix + name), getattr(module, name)
         if found is not None and found.shape != own.shape:
             own.data = own.data.new_empty(found.shape)
+
+
+def _put_back(places: tuple[Tensor, Tensor], before: Tensor, merged: Tensor) -> None:
+    merged[places] = before
 
 
 def _filled(base: Tensor | None, change: Tensor, index: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
