@@ -274,6 +274,26 @@ def test_ranks_found_below_the_schedules_are_no_fault() -> None:
     assert lora_ranks(live) == {1}
 
 
+@pytest.mark.parametrize("form", ["dense", "factors"])
+def test_a_schedule_begins_at_the_width_of_pruned_updates(form: str) -> None:
+    """Their rank is 1 while they are zero."""
+    config = METHODS["trp"].config(form=form, r=4)
+    live = get_peft_model(net(), config)
+    optimizer = torch.optim.AdamW([p for p in live.parameters() if p.requires_grad], lr=1e-2)
+    controller = controller_for(live, 8, optimizer)
+    squeezer = Squeezer(live, optimizer, make_schedule(4, 2, 8, mode="cont", last_steps=4))
+    for _ in range(8):
+        controller.before_forward()
+        (live(batch()) - 1).square().mean().backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+        optimizer.zero_grad()
+        squeezer.step()
+    squeezer.finish()
+    assert lora_ranks(live) == {2}
+
+
 def test_a_refused_squeeze_leaves_the_controller_at_work() -> None:
     live = adapted(METHODS["dylora"], trained=True)
     controller = controller_for(live, 5)
