@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from adapters_cases import METHODS, Method, adapted, batch, layers, net, shake
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import PeftType
 from peft_models import seeded
@@ -214,6 +214,33 @@ def test_a_checkpoint_beyond_the_change_is_a_lora(tmp_path: Path) -> None:
         run(llama("nola", r=8), resume_from_checkpoint=checkpoint)
     lora = PeftModel.from_pretrained(seeded(small_llama), checkpoint, is_trainable=True)
     resumed = run(lora, resume_from_checkpoint=checkpoint)
+    for (key, found), wanted in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
+        assert torch.equal(found, wanted), key
+
+
+@pytest.mark.parametrize("mode", ["cont", "post"])
+@pytest.mark.parametrize("name", ["sora", "loha"])
+def test_a_checkpoint_before_the_change_is_one_of_the_method(name: str, mode: str, tmp_path: Path) -> None:
+    def run(folder: str, **more: Any) -> Any:
+        if name == "loha":
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                config = LoHaConfig(r=4, target_modules=["q_proj", "down_proj"], task_type=TaskType.CAUSAL_LM)
+                network: Any = get_peft_model(seeded(small_llama), config).train()
+        else:
+            network = llama(name, r=8)
+        args = TrainingArguments(
+            output_dir=str(tmp_path / folder), max_steps=6, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+            disable_tqdm=True, save_strategy="steps", save_steps=3, logging_steps=100, seed=1, learning_rate=1e-2,
+        )  # fmt: skip
+        callback = SqueezeCallback(2, mode=mode, **({"last_steps": 2} if mode == "cont" else {}))
+        callbacks = [callback] if name == "loha" else [ControllerCallback(), callback]
+        Trainer(network, args, train_dataset=Counting(), callbacks=callbacks).train(**more)
+        assert lora_ranks(network) == {2}
+        return network
+
+    whole = run("whole")
+    resumed = run("again", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     for (key, found), wanted in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
         assert torch.equal(found, wanted), key
 

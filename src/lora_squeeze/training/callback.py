@@ -21,7 +21,7 @@ from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.ranks import Allocation
 from lora_squeeze.schedule import MODES, Schedule, make_schedule
 from lora_squeeze.training.live import holder_of, trained_adapters
-from lora_squeeze.training.other_method import is_other, modules_of
+from lora_squeeze.training.other_method import modules_of
 from lora_squeeze.training.resume import follow_loaded_ranks
 from lora_squeeze.training.squeezer import Squeezer
 
@@ -151,11 +151,6 @@ class SqueezeCallback(TrainerCallback, ExportableState):
             self._batch = _LastBatch(model)
         for name in self._adapters(model):
             resumed = saved.get(name) if state.global_step else None
-            if resumed and resumed["history"] and is_other(model, name):
-                raise LoraSqueezeError(
-                    f"in this checkpoint the adapter {name!r} is a LoRA already; make the model from it: "
-                    "PeftModel.from_pretrained(base_model, checkpoint, is_trainable=True)"
-                )
             if resumed and (found := _statistics_of(args, state, name)):
                 resumed = {**resumed, "statistics": found}
             squeezer = Squeezer(

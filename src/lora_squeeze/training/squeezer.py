@@ -172,7 +172,8 @@ class Squeezer:
         """Go on from a checkpoint. The model's layers take the checkpoint's ranks; load model and optimiser next.
 
         Raises:
-            LoraSqueezeError: the checkpoint was written under another schedule.
+            LoraSqueezeError: the checkpoint was written under another schedule, or after an adapter of another method
+                had become a LoRA.
         """
         mine, theirs = _described(self.schedule), dict(state["schedule"])
         changed = [
@@ -184,7 +185,13 @@ class Squeezer:
                 f"the checkpoint was trained under another schedule: {told}; go on with the same settings and the same "
                 "number of steps, or begin anew"
             )
-        make_room(self.model, state["ranks"], optimizer=self.optimizer, adapter=self.adapter)
+        if not is_other(self.model, self.adapter):
+            make_room(self.model, state["ranks"], optimizer=self.optimizer, adapter=self.adapter)
+        elif state["history"]:
+            raise LoraSqueezeError(
+                f"in this checkpoint the adapter {self.adapter!r} is a LoRA already; make the model from it: "
+                "PeftModel.from_pretrained(base_model, checkpoint, is_trainable=True)"
+            )
         self.steps_done, self.budgets = int(state["steps_done"]), [int(number) for number in state["budgets"]]
         self.history = [dict(entry) for entry in state["history"]]
         if self.statistics is not None and "statistics" in state:
