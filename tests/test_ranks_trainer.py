@@ -107,25 +107,59 @@ def test_a_trainer_trains_resumes_and_ends_as_a_plain_lora(method: Method, tmp_p
         torch.testing.assert_close(plain(ids()).logits, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_each_of_several_callbacks_finds_its_own_state() -> None:
-    from transformers import TrainerControl, TrainerState
+def arguments(folder: Path, **more: Any) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder), max_steps=STEPS, learning_rate=1e-2, per_device_train_batch_size=2,
+        save_strategy="steps", save_steps=CUT, report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no",
+        remove_unused_columns=False, **more,
+    )  # fmt: skip
 
-    config = lora_squeeze.methods.ranks.MaestroConfig(target_modules=["q_proj"])
-    model = get_peft_model(llama(), config)
-    model.add_adapter("other", lora_squeeze.methods.ranks.MaestroConfig(target_modules=["q_proj"]))
-    stored = []
-    for adapter, steps in (("default", 3), ("other", 5)):
-        controller = controller_for(model, STEPS, adapter=adapter)
-        controller.steps_done = steps
-        saved = {"saved": controller.state_dict()}
-        stored.append({"args": {"adapter": adapter}, "attributes": saved})
-    state = TrainerState(max_steps=STEPS, global_step=5, stateful_callbacks=None)
-    state.stateful_callbacks = {"ControllerCallback": stored}  # type: ignore[assignment]
-    for adapter, steps in (("default", 3), ("other", 5)):
-        callback = ControllerCallback(adapter)
-        callback.on_train_begin(TrainingArguments(use_cpu=True), state, TrainerControl(), model=model)
-        assert callback.controller is not None
-        assert callback.controller.steps_done == steps
+
+def run(folder: Path, model: Any, callbacks: list[Any], checkpoint: Path | None = None, **more: Any) -> Trainer:
+    """A whole training with one optimiser for all that is trained."""
+    data: Any = [{"input_ids": row, "labels": row} for row in ids()]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    trainer = Trainer(
+        model, arguments(folder, **more), train_dataset=data, callbacks=callbacks, optimizers=(optimizer, None),
+        eval_dataset=data,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return trainer
+
+
+def sora(threshold: Any = 0.01) -> Any:
+    config = lora_squeeze.methods.ranks.SoraConfig(r=4, target_modules=["q_proj"], threshold=threshold)
+    with drawn_from(0):
+        return get_peft_model(llama(), config)
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_each_of_several_callbacks_finds_its_own_state(tmp_path: Path, restored: bool) -> None:
+    """The trainer trains the first adapter alone after it has loaded a checkpoint; both controllers go on."""
+
+    def go(folder: Path, checkpoint: Path | None = None) -> dict[str, int]:
+        model = sora()
+        model.add_adapter("other", lora_squeeze.methods.ranks.SoraConfig(r=4, target_modules=["v_proj"]))
+        model.base_model.set_adapter(["default", "other"])
+        callbacks = [ControllerCallback("default"), ControllerCallback("other")]
+        more = {"restore_callback_states_from_checkpoint": restored}
+        trainer = run(folder, model, callbacks, checkpoint, **more)
+        found = [one for one in trainer.callback_handler.callbacks if isinstance(one, ControllerCallback)]
+        return {one.adapter: one._made.steps_done for one in found}
+
+    assert go(tmp_path / "run") == {"default": STEPS, "other": STEPS}
+    assert go(tmp_path / "again", tmp_path / "run" / f"checkpoint-{CUT}") == {"default": STEPS, "other": STEPS}
+
+
+def test_a_checkpoint_without_the_controllers_state_is_gone_on_with_and_told_of(tmp_path: Path) -> None:
+    run(tmp_path / "alone", sora(), [])
+    callback = ControllerCallback()
+    with pytest.warns(UserWarning, match=f"without the controller of adapter 'default': it begins at step {CUT} of"):
+        run(tmp_path / "led", sora(), [callback], tmp_path / "alone" / f"checkpoint-{CUT}")
+    assert callback._made.steps_done == STEPS
+    again = ControllerCallback()
+    run(tmp_path / "again", sora(), [again], tmp_path / "led" / f"checkpoint-{STEPS}")
+    assert again._made.steps_done == STEPS
 
 
 @pytest.mark.parametrize("method", METHODS, ids=[method.name for method in METHODS])

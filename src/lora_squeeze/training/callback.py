@@ -18,6 +18,7 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from lora_squeeze.adaptive import Adaptive
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.methods.callback import stored_states
 from lora_squeeze.ranks import Allocation
 from lora_squeeze.schedule import MODES, Schedule, make_schedule
 from lora_squeeze.training.live import holder_of, trained_adapters
@@ -144,9 +145,8 @@ class SqueezeCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Make the schedule, or take it up again."""
         self._stop_following()
-        states: Any = state.stateful_callbacks  # by class name; annotated otherwise
-        stored = states.setdefault(type(self).__name__, self.state())
-        saved = self.saved or (stored["attributes"]["saved"] if isinstance(stored, Mapping) else None) or {}
+        stored = [one["attributes"]["saved"] or {} for one in stored_states(state, type(self))]
+        saved = {name: last for one in stored for name, last in one.items()} or self.saved or {}
         if self.measure_loss:
             self._batch = _LastBatch(model)
         for name in self._adapters(model):
