@@ -14,13 +14,15 @@ from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import PeftType
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import lora_squeeze
 import lora_squeeze.methods.ranks
 from lora_squeeze.formats.peft_methods import load
 from lora_squeeze.methods.callback import ControllerCallback
 from lora_squeeze.methods.control import controller_for, parameter_groups
+from lora_squeeze.training.callback import SqueezeCallback
+from lora_squeeze.training.inplace import squeeze_
 
 STEPS, CUT = 8, 4
 
@@ -108,11 +110,12 @@ def test_a_trainer_trains_resumes_and_ends_as_a_plain_lora(method: Method, tmp_p
 
 
 def arguments(folder: Path, **more: Any) -> TrainingArguments:
-    return TrainingArguments(
+    settings: dict[str, Any] = dict(
         output_dir=str(folder), max_steps=STEPS, learning_rate=1e-2, per_device_train_batch_size=2,
         save_strategy="steps", save_steps=CUT, report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no",
-        remove_unused_columns=False, **more,
+        remove_unused_columns=False,
     )  # fmt: skip
+    return TrainingArguments(**(settings | more))
 
 
 def run(folder: Path, model: Any, callbacks: list[Any], checkpoint: Path | None = None, **more: Any) -> Trainer:
@@ -160,6 +163,49 @@ def test_a_checkpoint_without_the_controllers_state_is_gone_on_with_and_told_of(
     again = ControllerCallback()
     run(tmp_path / "again", sora(), [again], tmp_path / "led" / f"checkpoint-{STEPS}")
     assert again._made.steps_done == STEPS
+
+
+class Second(TrainerCallback):
+    """The checkpoint of the second step is the best."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        metrics["eval_place"] = abs(state.global_step - 2)
+
+
+BEST = {
+    "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_place", "greater_is_better": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("squeezed", [False, True])
+@pytest.mark.parametrize(
+    "method",
+    [*METHODS, Method("blora", {"warmup": 0.5}), Method("diffora", {"search": 0.7, "share_unselected": False})],
+    ids=lambda method: method.name,
+)
+def test_the_best_checkpoint_is_what_it_was(method: Method, squeezed: bool, tmp_path: Path) -> None:
+    """With `SqueezeCallback` in the list, it is squeezed then."""
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.name.upper())]
+    model = get_peft_model(llama(), config(r=4, target_modules=["q_proj", "v_proj", "up_proj"], **method.settings))
+    callbacks = [Second(), ControllerCallback(), *([SqueezeCallback(2, mode="post")] if squeezed else [])]
+    trainer = run(tmp_path, model, callbacks, **BEST)
+    assert str(trainer.state.best_model_checkpoint).endswith("checkpoint-2")
+    best = PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-2", is_trainable=True).eval()
+    if squeezed:
+        squeeze_(best, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(ids()).logits, best(ids()).logits, rtol=0, atol=1e-6 * squeezed)
+    model.save_pretrained(tmp_path / "saved")
+    again = PeftModel.from_pretrained(llama(), tmp_path / "saved").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids()).logits, best(ids()).logits, rtol=0, atol=1e-6 * squeezed)
+
+
+def test_a_best_checkpoint_of_before_the_change_to_a_lora_is_told_of(tmp_path: Path) -> None:
+    squeezing = SqueezeCallback(2, mode="cont", last_steps=4)
+    with pytest.warns(UserWarning, match="checkpoint-2 is of SORA, and the adapter 'default' has become a LoRA since"):
+        run(tmp_path, sora(), [Second(), ControllerCallback(), squeezing], **BEST)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=[method.name for method in METHODS])

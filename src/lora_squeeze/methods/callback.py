@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
+from peft import load_peft_weights, set_peft_model_state_dict
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from lora_squeeze.methods.control import Controller, controller_for
+from lora_squeeze.methods.control import Controller, at_work, controller_for
 
 
 class ControllerCallback(TrainerCallback, ExportableState):
@@ -74,13 +77,38 @@ class ControllerCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """After the last step."""
+        """After the last step, or where the best checkpoint is loaded after it."""
+        return_to_best(args, state, self._made.model, self.adapter)
         self._made.finish()
 
     @property
     def _made(self) -> Controller:
         assert self.controller is not None  # the trainer begins with on_train_begin
         return self.controller
+
+
+def return_to_best(args: TrainingArguments, state: TrainerState, model: nn.Module, adapter: str) -> None:
+    """Let an adapter be what `from_pretrained` makes of the best checkpoint, if the trainer has loaded that at its end.
+
+    The trainer loads numbers alone. The ranks, chosen layers and so on that belong to them are in the controller's
+    state. The controller ends first: whatever it does at the end of a training, it does not do to this adapter.
+    """
+    controller = at_work(model, adapter)
+    if controller is None or not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return
+    controller.finish()
+    best = Path(state.best_model_checkpoint)
+    saved = _saved(TrainerState.load_from_json(str(best / "trainer_state.json")), adapter)
+    if saved is None:
+        warnings.warn(
+            f"{best} was written without the controller of adapter {adapter!r}, so that the model is not what it was "
+            "there; load it with PeftModel.from_pretrained",
+            stacklevel=2,
+        )
+        return
+    controller.load_state_dict(saved)
+    folder = best if adapter == "default" else best / adapter
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter)
 
 
 def stored_states(state: TrainerState, callback: type[ExportableState]) -> list[dict[str, Any]]:

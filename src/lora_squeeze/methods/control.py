@@ -154,10 +154,15 @@ def warn_if_uncontrolled(config: Any, adapter: str) -> None:
         )
 
 
+def at_work(model: nn.Module, adapter: str = "default") -> Controller | None:
+    """The controller that an adapter is trained with; None where there is none, or it has finished."""
+    found = _AT_WORK.get((id(model), adapter))
+    return found if found is not None and found.model is model and not found.over else None
+
+
 def end_control(model: nn.Module, adapter: str = "default") -> None:
     """Let the controller that an adapter is trained with finish, if there is one."""
-    found = _AT_WORK.get((id(model), adapter))
-    if found is not None and found.model is model:
+    if (found := at_work(model, adapter)) is not None:
         found.finish()
 
 

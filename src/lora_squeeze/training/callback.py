@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Mapping
@@ -18,11 +19,11 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from lora_squeeze.adaptive import Adaptive
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.methods.callback import stored_states
+from lora_squeeze.methods.callback import return_to_best, stored_states
 from lora_squeeze.ranks import Allocation
 from lora_squeeze.schedule import MODES, Schedule, make_schedule
 from lora_squeeze.training.live import holder_of, trained_adapters
-from lora_squeeze.training.other_method import modules_of
+from lora_squeeze.training.other_method import is_other, modules_of
 from lora_squeeze.training.resume import follow_loaded_ranks
 from lora_squeeze.training.squeezer import Squeezer
 
@@ -178,8 +179,10 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Squeeze if it is time; the trainer logs that step."""
-        for squeezer in self.squeezers.values():
-            if squeezer.step() is not None:
+        for name, squeezer in self.squeezers.items():
+            if args.load_best_model_at_end and state.global_step == state.max_steps and is_other(squeezer.model, name):
+                squeezer.steps_done += 1  # the best may be loaded now, and that is to be squeezed: at the end
+            elif squeezer.step() is not None:
                 self._note(squeezer)
                 control.should_log = True
         return control
@@ -210,7 +213,10 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Squeeze to the target if training ended above it, and make all parameters small."""
-        for squeezer in self.squeezers.values():
+        for name, squeezer in self.squeezers.items():
+            return_to_best(args, state, holder_of(squeezer.model), name)
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                _warn_of_another_method(squeezer.model, name, Path(state.best_model_checkpoint))
             if squeezer.finish() is not None:
                 self._note(squeezer)
         if self._pending:
@@ -287,6 +293,18 @@ def _before_trackers(callback: SqueezeCallback) -> None:
             handler.callbacks = [callback, *(other for other in handler.callbacks if other is not callback)]
             return
         frame = frame.f_back  # type: ignore[assignment]
+
+
+def _warn_of_another_method(model: nn.Module, adapter: str, best: Path) -> None:
+    """A trainer loads nothing, and says nothing, where the best checkpoint was written before the change to a LoRA."""
+    path = (best if adapter == "default" else best / adapter) / "adapter_config.json"
+    kind = json.loads(path.read_text(encoding="utf-8"))["peft_type"] if path.is_file() else "LORA"
+    if kind != "LORA" and not is_other(model, adapter):
+        warnings.warn(
+            f"the best checkpoint {best} is of {kind}, and the adapter {adapter!r} has become a LoRA since: it stays "
+            "as after the last step; load that checkpoint with PeftModel.from_pretrained and squeeze it",
+            stacklevel=2,
+        )
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
