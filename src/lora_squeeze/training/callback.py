@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_utils import number_of_arguments
 
 from lora_squeeze.adaptive import Adaptive
 from lora_squeeze.errors import LoraSqueezeError
@@ -125,14 +126,17 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         return {"args": args, "attributes": {"saved": saved or self.saved}}
 
     def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
+        optimizer: Any = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         """Refuse what cannot work, and get ready for a checkpoint of another rank."""
-        if model is None:  # made later by model_init
-            return
-        for name in self._adapters(model):
-            modules_of(model, name)
-            self._following.append(follow_loaded_ranks(model, name, lambda: None))
+        from transformers import Trainer
+
+        self._follow(model, optimizer)
+        for trainer, _ in _callers(Trainer):
+            if trainer.model_init is not None:  # train() makes a model anew, and loads the checkpoint into that
+                trainer.model_init = _and_then(trainer.model_init, self._follow)
+                return
 
     def on_train_begin(
         self,
@@ -225,6 +229,11 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         if self._batch is not None:
             self._batch.close()
 
+    def _follow(self, model: nn.Module, optimizer: Any = None) -> None:
+        for name in self._adapters(model):
+            modules_of(model, name)
+            self._following.append(follow_loaded_ranks(model, name, lambda: optimizer))
+
     def _adapters(self, model: nn.Module) -> list[str]:
         return trained_adapters(model) if self.adapter is None else [self.adapter]
 
@@ -280,19 +289,36 @@ class _LastBatch:
         self._inputs = None
 
 
-def _before_trackers(callback: SqueezeCallback) -> None:
-    """Move a callback to the front of the trainer's list, so that what it adds to the logs reaches the trackers.
+def _callers(kind: type) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Objects of a class whose methods are running, the innermost first, with the method's local variables.
 
-    A trainer puts its trackers first and tells a callback nothing about the list, so it is found on the call stack.
+    A trainer tells a callback nothing of its list of callbacks, or of `model_init`.
     """
     frame = sys._getframe(1)
     while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+        if isinstance(owner := frame.f_locals.get("self"), kind):
+            yield owner, frame.f_locals
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _before_trackers(callback: SqueezeCallback) -> None:
+    """Move a callback to the front of the trainer's list, so that what it adds to the logs reaches the trackers."""
+    for handler, _ in _callers(CallbackHandler):
+        if callback in handler.callbacks:
             # A new list: the handler is going through the old one right now.
             handler.callbacks = [callback, *(other for other in handler.callbacks if other is not callback)]
             return
-        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _and_then(model_init: Callable[..., Any], follow: Callable[[nn.Module], None]) -> Callable[..., Any]:
+    """A `model_init` of as many arguments, 0 or 1, after which something else is done with the model."""
+
+    def made(*trial: Any) -> Any:
+        model = model_init(*trial)
+        follow(model)
+        return model
+
+    return (lambda trial: made(trial)) if number_of_arguments(model_init) else (lambda: made())
 
 
 def _warn_of_another_method(model: nn.Module, adapter: str, best: Path) -> None:
