@@ -218,6 +218,18 @@ def test_two_callbacks_resume_from_their_own_last_states() -> None:
         assert other.squeezers.keys() == {one.adapter}
 
 
+def test_statistics_are_those_of_the_checkpoint_that_is_loaded(tmp_path: Path) -> None:
+    """Another run's checkpoint of the same step lies in the folder of the new one."""
+    saving = {"save_strategy": "steps", "save_steps": 6}
+    whole = trainer(tmp_path / "old", SqueezeCallback(TARGET, data_aware=True), **saving)
+    whole.train()
+    trainer(tmp_path / "new", SqueezeCallback(TARGET, data_aware=True), **saving, learning_rate=0.1).train()
+    resumed = trainer(tmp_path / "new", SqueezeCallback(TARGET, data_aware=True), **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-6"))
+    for key, value in weights(whole.model).items():
+        assert torch.equal(value, weights(resumed.model)[key]), key
+
+
 def test_missing_statistics_are_told(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 6}
     trainer(tmp_path, SqueezeCallback(TARGET, data_aware=True), **saving).train()

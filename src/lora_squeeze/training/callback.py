@@ -152,11 +152,12 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         self._stop_following()
         stored = [one["attributes"]["saved"] or {} for one in stored_states(state, type(self))]
         saved = {name: last for one in stored for name, last in one.items()} or self.saved or {}
+        checkpoint = _resumed_from(args, state)
         if self.measure_loss:
             self._batch = _LastBatch(model)
         for name in self._adapters(model):
             resumed = saved.get(name) if state.global_step else None
-            if resumed and (found := _statistics_of(args, state, name)):
+            if resumed and (found := _statistics_of(checkpoint, name)):
                 resumed = {**resumed, "statistics": found}
             squeezer = Squeezer(
                 model,
@@ -171,8 +172,7 @@ class SqueezeCallback(TrainerCallback, ExportableState):
             )
             if resumed and squeezer.statistics is not None and "statistics" not in resumed:
                 warnings.warn(
-                    f"no {STATISTICS_NAME} of adapter {name!r} in {_checkpoint(args, state)}: its statistics begin "
-                    "anew; set resume_from_checkpoint in the TrainingArguments if the checkpoint lies elsewhere",
+                    f"no {STATISTICS_NAME} of adapter {name!r} in {checkpoint}: its statistics begin anew",
                     stacklevel=2,
                 )
             squeezer.steps_done = state.global_step
@@ -292,7 +292,7 @@ class _LastBatch:
 def _callers(kind: type) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Objects of a class whose methods are running, the innermost first, with the method's local variables.
 
-    A trainer tells a callback nothing of its list of callbacks, or of `model_init`.
+    A trainer tells a callback nothing of its list of callbacks, of `model_init`, or of the checkpoint it goes on from.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -337,9 +337,18 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
-def _statistics_of(args: TrainingArguments, state: TrainerState, adapter: str) -> dict[str, Any] | None:
-    for folder in (args.resume_from_checkpoint, _checkpoint(args, state)):
-        if isinstance(folder, str | Path) and (path := Path(folder) / STATISTICS_NAME).is_file():
-            found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            return found.get(adapter)
-    return None
+def _resumed_from(args: TrainingArguments, state: TrainerState) -> Path:
+    """The checkpoint that the trainer goes on from."""
+    from transformers import Trainer
+
+    told = (found.get("resume_from_checkpoint") for _, found in _callers(Trainer))
+    folders = (folder for folder in (*told, args.resume_from_checkpoint) if isinstance(folder, str | Path))
+    return Path(next(folders, _checkpoint(args, state)))
+
+
+def _statistics_of(checkpoint: Path, adapter: str) -> dict[str, Any] | None:
+    path = checkpoint / STATISTICS_NAME
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return found.get(adapter)
