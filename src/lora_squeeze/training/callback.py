@@ -318,7 +318,8 @@ def _and_then(model_init: Callable[..., Any], follow: Callable[[nn.Module], None
         follow(model)
         return model
 
-    return (lambda trial: made(trial)) if number_of_arguments(model_init) else (lambda: made())
+    of_a_trial: int = number_of_arguments(model_init)  # type: ignore[no-untyped-call]
+    return (lambda trial: made(trial)) if of_a_trial else (lambda: made())
 
 
 def _warn_of_another_method(model: nn.Module, adapter: str, best: Path) -> None:
