@@ -131,7 +131,7 @@ class TrpDelta(Delta):
 
     @property
     def width(self) -> int | None:
-        """Bound of the rank of dW in all of the training, None: as for `rank`. A dW that is still zero has rank 1."""
+        """The present rank, or r where that is more: a dW that is still zero will come to it. None: as for `rank`."""
         rank = self.rank
         return None if rank is None else max(rank, int(self.config.r))
 
