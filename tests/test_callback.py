@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from peft_models import seeded
-from training_cases import SOURCE, STEPS, TARGET, Counting, model, small_llama
+from training_cases import SOURCE, STEPS, TARGET, Counting, adamw, model, small_llama
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
@@ -164,6 +164,68 @@ def test_resume_with_restored_callback_states(tmp_path: Path) -> None:
     whole.train()
     resumed = trainer(tmp_path / "a", SqueezeCallback(TARGET), **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
+    for key, value in weights(whole.model).items():
+        assert torch.equal(value, weights(resumed.model)[key]), key
+
+
+@pytest.mark.parametrize("stop", [3, 5, 8])
+@pytest.mark.parametrize("way", ["optimizer", "model_init", "model_init of a trial"])
+def test_a_ready_made_optimiser_and_a_model_made_anew_resume_too(tmp_path: Path, way: str, stop: int) -> None:
+    def run(**more: Any) -> Trainer:
+        args = trainer(tmp_path, None, save_strategy="steps", save_steps=1).args
+        made: dict[str, Any] = {"model_init": (lambda trial: model()) if way.endswith("trial") else lambda: model()}
+        if way == "optimizer":
+            network = model()
+            made = {"model": network, "optimizers": (adamw(network), None)}
+        found = Trainer(args=args, train_dataset=Counting(), callbacks=[SqueezeCallback(TARGET)], **made)
+        found.train(**more)
+        return found
+
+    whole = weights(run().model)
+    resumed = weights(run(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}")).model)
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+def test_two_callbacks_resume_from_their_own_last_states() -> None:
+    def network() -> PeftModel:
+        made = model()
+        made.add_adapter("other", LoraConfig(r=SOURCE, lora_alpha=SOURCE, target_modules=["q_proj"]))
+        made.base_model.set_adapter(["default", "other"])
+        return made
+
+    def callbacks() -> list[SqueezeCallback]:
+        asked = {"default": TARGET, "other": 1}
+        return [SqueezeCallback(rank, adapter=name, measure_loss=False) for name, rank in asked.items()]
+
+    def begin(found: list[SqueezeCallback], state: TrainerState, live: PeftModel) -> None:
+        for callback in found:
+            callback.on_train_begin(args, state, control, model=live, optimizer=adamw(live))
+
+    args, control, live, first = TrainingArguments(use_cpu=True), TrainerControl(), network(), callbacks()
+    state = TrainerState(max_steps=STEPS, stateful_callbacks=first)  # type: ignore[arg-type]
+    begin(first, state, live)
+    states: Any = state.stateful_callbacks
+    for step in range(1, 5):
+        state.global_step = step
+        for callback in first:
+            callback.on_step_end(args, state, control)
+            states["SqueezeCallback"].append(callback.state())
+    state.stateful_callbacks = json.loads(json.dumps(states))
+    second, again = callbacks(), network()
+    begin(second, state, again)
+    for one, other in zip(first, second, strict=True):
+        assert one.history == other.history != []
+        assert other.squeezers.keys() == {one.adapter}
+
+
+def test_statistics_are_those_of_the_checkpoint_that_is_loaded(tmp_path: Path) -> None:
+    """Another run's checkpoint of the same step lies in the folder of the new one."""
+    saving = {"save_strategy": "steps", "save_steps": 6}
+    whole = trainer(tmp_path / "old", SqueezeCallback(TARGET, data_aware=True), **saving)
+    whole.train()
+    trainer(tmp_path / "new", SqueezeCallback(TARGET, data_aware=True), **saving, learning_rate=0.1).train()
+    resumed = trainer(tmp_path / "new", SqueezeCallback(TARGET, data_aware=True), **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-6"))
     for key, value in weights(whole.model).items():
         assert torch.equal(value, weights(resumed.model)[key]), key
 

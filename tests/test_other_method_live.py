@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from adapters_cases import METHODS, Method, adapted, batch, layers, net, shake
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import PeftType
 from peft_models import seeded
@@ -218,6 +218,33 @@ def test_a_checkpoint_beyond_the_change_is_a_lora(tmp_path: Path) -> None:
         assert torch.equal(found, wanted), key
 
 
+@pytest.mark.parametrize("mode", ["cont", "post"])
+@pytest.mark.parametrize("name", ["sora", "loha"])
+def test_a_checkpoint_before_the_change_is_one_of_the_method(name: str, mode: str, tmp_path: Path) -> None:
+    def run(folder: str, **more: Any) -> Any:
+        if name == "loha":
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                config = LoHaConfig(r=4, target_modules=["q_proj", "down_proj"], task_type=TaskType.CAUSAL_LM)
+                network: Any = get_peft_model(seeded(small_llama), config).train()
+        else:
+            network = llama(name, r=8)
+        args = TrainingArguments(
+            output_dir=str(tmp_path / folder), max_steps=6, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+            disable_tqdm=True, save_strategy="steps", save_steps=3, logging_steps=100, seed=1, learning_rate=1e-2,
+        )  # fmt: skip
+        callback = SqueezeCallback(2, mode=mode, **({"last_steps": 2} if mode == "cont" else {}))
+        callbacks = [callback] if name == "loha" else [ControllerCallback(), callback]
+        Trainer(network, args, train_dataset=Counting(), callbacks=callbacks).train(**more)
+        assert lora_ranks(network) == {2}
+        return network
+
+    whole = run("whole")
+    resumed = run("again", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for (key, found), wanted in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
+        assert torch.equal(found, wanted), key
+
+
 def test_what_cannot_be_is_refused_and_nothing_changes() -> None:
     live = adapted(METHODS["nola"], trained=True)
     before = {name: p.clone() for name, p in live.named_parameters()}
@@ -272,6 +299,26 @@ def test_ranks_found_below_the_schedules_are_no_fault() -> None:
         squeezer.finish()
         torch.testing.assert_close(live(batch()), wanted, rtol=1e-4, atol=1e-4)
     assert lora_ranks(live) == {1}
+
+
+@pytest.mark.parametrize("form", ["dense", "factors"])
+def test_a_schedule_begins_at_the_width_of_pruned_updates(form: str) -> None:
+    """Their rank is 1 while they are zero."""
+    config = METHODS["trp"].config(form=form, r=4)
+    live = get_peft_model(net(), config)
+    optimizer = torch.optim.AdamW([p for p in live.parameters() if p.requires_grad], lr=1e-2)
+    controller = controller_for(live, 8, optimizer)
+    squeezer = Squeezer(live, optimizer, make_schedule(4, 2, 8, mode="cont", last_steps=4))
+    for _ in range(8):
+        controller.before_forward()
+        (live(batch()) - 1).square().mean().backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+        optimizer.zero_grad()
+        squeezer.step()
+    squeezer.finish()
+    assert lora_ranks(live) == {2}
 
 
 def test_a_refused_squeeze_leaves_the_controller_at_work() -> None:

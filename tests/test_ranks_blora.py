@@ -320,6 +320,22 @@ def test_a_resumed_training_is_the_uncut_one(cut: int) -> None:
     assert one.state_dict() == other.state_dict()
 
 
+def test_further_training_goes_on_with_the_trained_ranges(tmp_path: Path) -> None:
+    first, _ = trained(config(), 20, fast)
+    first.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(net(), tmp_path, is_trainable=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    go_on(model, controller_for(model, 10, optimizer), optimizer, 4)
+    same(first, model)
+
+
+@pytest.mark.parametrize("activations", [False, True])
+def test_an_adapter_is_loaded_without_memory_for_its_start(activations: bool, tmp_path: Path) -> None:
+    model, _ = trained(config(activations=activations), 6)
+    model.save_pretrained(tmp_path)
+    same(model, PeftModel.from_pretrained(net(), tmp_path, low_cpu_mem_usage=True))
+
+
 def test_rank_one_has_no_rank_gates() -> None:
     model, _ = trained(config(r=1), 8)
     assert {layer.rank for layer in found(model).values()} == {1}

@@ -231,6 +231,16 @@ def test_drawn_gates_depend_on_the_global_generator() -> None:
     assert torch.equal(get_peft_model(net(), config(gate_init="normal"))(batch()), net()(batch()))
 
 
+@pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, "0.002"), (torch.float16, "0.0002")])
+def test_gates_too_coarse_for_thresholds_are_warned_of(dtype: torch.dtype, step: str) -> None:
+    model = get_peft_model(net(dtype), config(), autocast_adapter_dtype=False)
+    with pytest.warns(UserWarning, match=f"are {dtype}: steps and thresholds below {step} are rounded away"):
+        controller = controller_for(model, 10)
+    below = float(step)
+    assert all(torch.equal(d.gate - 0.9 * below, d.gate) for d in controller.deltas.values())
+    controller_for(get_peft_model(net(dtype), config()), 10)  # warns of nothing: a warning is an error here
+
+
 @pytest.mark.parametrize("cut", [7, 20])
 def test_a_resumed_training_is_the_uncut_one(cut: int) -> None:
     settings = {"threshold": [0.5, 1.0, 2.0], "times_lr": True, "l1": 0.01, "gate_init": "normal"}

@@ -185,6 +185,20 @@ def test_adaptive_by_predicted_loss_learns_from_the_measured_one() -> None:
     assert squeezer._correction() == pytest.approx(worst)
 
 
+@pytest.mark.parametrize(("rests", "told"), [(3, [5]), (20, [16])])
+def test_adaptive_by_predicted_loss_waits_for_the_first_gradients(rests: int, told: list[int]) -> None:
+    """While B is zero nothing is known of the loss; at the deadline the ranks are then uniform."""
+    network = model()
+    optimizer = adamw(network)
+    squeezer = Squeezer(network, optimizer, Adaptive(TARGET, 20, loss=100.0, every=1))
+    for step in range(20):
+        optimizer.param_groups[0]["lr"] = 0.0 if step < rests else 1e-2
+        train(network, optimizer, squeezer, [step])
+    assert [entry["step"] for entry in squeezer.history][:1] == told
+    assert sum(m.cost * m.width for m in live_modules(network, "default")) <= squeezer.budgets[-1]
+    assert (widths(network) == {TARGET}) == (rests == 20)
+
+
 def test_restarted_learning_rate_runs_the_whole_curve_per_stage() -> None:
     network = model()
     optimizer = adamw(network)

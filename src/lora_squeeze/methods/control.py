@@ -18,6 +18,7 @@ alone: all processes of a distributed run draw the same, and a resumed run goes 
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Mapping
@@ -32,6 +33,8 @@ from lora_squeeze.methods.seeds import seeded
 
 CONTROLLERS: dict[str, type[Controller]] = {}  # method -> its controller
 _AT_WORK: WeakValueDictionary[tuple[int, str], Controller] = WeakValueDictionary()  # by model and adapter
+_OWN: WeakValueDictionary[tuple[int, str], Any] = WeakValueDictionary()  # configurations, by model and adapter
+_SETTLED: WeakValueDictionary[tuple[int, str], Any] = WeakValueDictionary()  # that need no warning, by their own id
 
 
 class Controller:
@@ -44,7 +47,7 @@ class Controller:
         adapter: name of the adapter.
 
     Attributes:
-        config: of the adapter.
+        config: of the adapter, a copy of its own: what the training finds is written there and saved with it.
         deltas: name of the layer -> its update, in the order of the model.
         steps_done: finished optimiser steps.
         over: it has finished, and does nothing any more.
@@ -58,8 +61,8 @@ class Controller:
         if total_steps < 1:
             raise LoraSqueezeError(f"total_steps must be a whole number from 1, got {total_steps}")
         self.model, self.total_steps, self.optimizer, self.adapter = model, total_steps, optimizer, adapter
-        self.config: Any = _config(model, adapter)
-        self.config.controlled = True
+        self.config: Any = own_config(model, adapter)
+        _SETTLED[id(self.config), adapter] = self.config
         self.deltas: dict[str, Any] = deltas_of(model, adapter)
         self.steps_done = 0
         self.over = False
@@ -138,9 +141,9 @@ def controller_for(model: nn.Module, total_steps: int, optimizer: Any = None, ad
 
 def warn_if_uncontrolled(config: Any, adapter: str) -> None:
     """Warn, once for each adapter, that it is trained without the controller that its method needs."""
-    if getattr(config, "controlled", False):
+    if (id(config), adapter) in _SETTLED:
         return
-    config.controlled = True
+    _SETTLED[id(config), adapter] = config
     kind = CONTROLLERS.get(config.method)
     if kind is not None and kind.acts(config):
         warnings.warn(
@@ -151,10 +154,15 @@ def warn_if_uncontrolled(config: Any, adapter: str) -> None:
         )
 
 
+def at_work(model: nn.Module, adapter: str = "default") -> Controller | None:
+    """The controller that an adapter is trained with; None where there is none, or it has finished."""
+    found = _AT_WORK.get((id(model), adapter))
+    return found if found is not None and found.model is model and not found.over else None
+
+
 def end_control(model: nn.Module, adapter: str = "default") -> None:
     """Let the controller that an adapter is trained with finish, if there is one."""
-    found = _AT_WORK.get((id(model), adapter))
-    if found is not None and found.model is model:
+    if (found := at_work(model, adapter)) is not None:
         found.finish()
 
 
@@ -196,6 +204,18 @@ def deltas_of(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
     """Name of the layer in the base model -> the update that an adapter has there."""
     layers: list[Any] = [m for m in model.modules() if hasattr(m, "deltas") and hasattr(m, "get_delta_weight")]
     return {layer.name: layer.deltas[adapter] for layer in layers if adapter in layer.deltas}
+
+
+def own_config(model: nn.Module, adapter: str) -> Any:
+    """An adapter's configuration, from now on a copy: PEFT keeps the user's object, which may serve again."""
+    holder: Any = model
+    found = _config(model, adapter)
+    if _OWN.get((id(model), adapter)) is not found:
+        found = copy.copy(found)
+        _OWN[id(model), adapter] = holder.peft_config[adapter] = found
+        for delta in deltas_of(model, adapter).values():
+            delta.config = found
+    return found
 
 
 def _config(model: nn.Module, adapter: str) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_utils import number_of_arguments
 
 from lora_squeeze.adaptive import Adaptive
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.methods.callback import return_to_best, stored_states
 from lora_squeeze.ranks import Allocation
 from lora_squeeze.schedule import MODES, Schedule, make_schedule
 from lora_squeeze.training.live import holder_of, trained_adapters
@@ -123,14 +126,17 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         return {"args": args, "attributes": {"saved": saved or self.saved}}
 
     def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
+        optimizer: Any = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         """Refuse what cannot work, and get ready for a checkpoint of another rank."""
-        if model is None:  # made later by model_init
-            return
-        for name in self._adapters(model):
-            modules_of(model, name)
-            self._following.append(follow_loaded_ranks(model, name, lambda: None))
+        from transformers import Trainer
+
+        self._follow(model, optimizer)
+        for trainer, _ in _callers(Trainer):
+            if trainer.model_init is not None:  # train() makes a model anew, and loads the checkpoint into that
+                trainer.model_init = _and_then(trainer.model_init, self._follow)
+                return
 
     def on_train_begin(
         self,
@@ -144,19 +150,14 @@ class SqueezeCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Make the schedule, or take it up again."""
         self._stop_following()
-        states: Any = state.stateful_callbacks  # by class name; annotated otherwise
-        stored = states.setdefault(type(self).__name__, self.state())
-        saved = self.saved or (stored["attributes"]["saved"] if isinstance(stored, Mapping) else None) or {}
+        stored = [one["attributes"]["saved"] or {} for one in stored_states(state, type(self))]
+        saved = {name: last for one in stored for name, last in one.items()} or self.saved or {}
+        checkpoint = _resumed_from(args, state)
         if self.measure_loss:
             self._batch = _LastBatch(model)
         for name in self._adapters(model):
             resumed = saved.get(name) if state.global_step else None
-            if resumed and resumed["history"] and is_other(model, name):
-                raise LoraSqueezeError(
-                    f"in this checkpoint the adapter {name!r} is a LoRA already; make the model from it: "
-                    "PeftModel.from_pretrained(base_model, checkpoint, is_trainable=True)"
-                )
-            if resumed and (found := _statistics_of(args, state, name)):
+            if resumed and (found := _statistics_of(checkpoint, name)):
                 resumed = {**resumed, "statistics": found}
             squeezer = Squeezer(
                 model,
@@ -171,8 +172,7 @@ class SqueezeCallback(TrainerCallback, ExportableState):
             )
             if resumed and squeezer.statistics is not None and "statistics" not in resumed:
                 warnings.warn(
-                    f"no {STATISTICS_NAME} of adapter {name!r} in {_checkpoint(args, state)}: its statistics begin "
-                    "anew; set resume_from_checkpoint in the TrainingArguments if the checkpoint lies elsewhere",
+                    f"no {STATISTICS_NAME} of adapter {name!r} in {checkpoint}: its statistics begin anew",
                     stacklevel=2,
                 )
             squeezer.steps_done = state.global_step
@@ -183,8 +183,10 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Squeeze if it is time; the trainer logs that step."""
-        for squeezer in self.squeezers.values():
-            if squeezer.step() is not None:
+        for name, squeezer in self.squeezers.items():
+            if args.load_best_model_at_end and state.global_step == state.max_steps and is_other(squeezer.model, name):
+                squeezer.steps_done += 1  # the best may be loaded now, and that is to be squeezed: at the end
+            elif squeezer.step() is not None:
                 self._note(squeezer)
                 control.should_log = True
         return control
@@ -215,7 +217,10 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Squeeze to the target if training ended above it, and make all parameters small."""
-        for squeezer in self.squeezers.values():
+        for name, squeezer in self.squeezers.items():
+            return_to_best(args, state, holder_of(squeezer.model), name)
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                _warn_of_another_method(squeezer.model, name, Path(state.best_model_checkpoint))
             if squeezer.finish() is not None:
                 self._note(squeezer)
         if self._pending:
@@ -223,6 +228,11 @@ class SqueezeCallback(TrainerCallback, ExportableState):
             self._pending = {}
         if self._batch is not None:
             self._batch.close()
+
+    def _follow(self, model: nn.Module, optimizer: Any = None) -> None:
+        for name in self._adapters(model):
+            modules_of(model, name)
+            self._following.append(follow_loaded_ranks(model, name, lambda: optimizer))
 
     def _adapters(self, model: nn.Module) -> list[str]:
         return trained_adapters(model) if self.adapter is None else [self.adapter]
@@ -279,28 +289,67 @@ class _LastBatch:
         self._inputs = None
 
 
-def _before_trackers(callback: SqueezeCallback) -> None:
-    """Move a callback to the front of the trainer's list, so that what it adds to the logs reaches the trackers.
+def _callers(kind: type) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Objects of a class whose methods are running, the innermost first, with the method's local variables.
 
-    A trainer puts its trackers first and tells a callback nothing about the list, so it is found on the call stack.
+    A trainer tells a callback nothing of its list of callbacks, of `model_init`, or of the checkpoint it goes on from.
     """
     frame = sys._getframe(1)
     while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+        if isinstance(owner := frame.f_locals.get("self"), kind):
+            yield owner, frame.f_locals
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _before_trackers(callback: SqueezeCallback) -> None:
+    """Move a callback to the front of the trainer's list, so that what it adds to the logs reaches the trackers."""
+    for handler, _ in _callers(CallbackHandler):
+        if callback in handler.callbacks:
             # A new list: the handler is going through the old one right now.
             handler.callbacks = [callback, *(other for other in handler.callbacks if other is not callback)]
             return
-        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _and_then(model_init: Callable[..., Any], follow: Callable[[nn.Module], None]) -> Callable[..., Any]:
+    """A `model_init` of as many arguments, 0 or 1, after which something else is done with the model."""
+
+    def made(*trial: Any) -> Any:
+        model = model_init(*trial)
+        follow(model)
+        return model
+
+    of_a_trial: int = number_of_arguments(model_init)  # type: ignore[no-untyped-call]
+    return (lambda trial: made(trial)) if of_a_trial else (lambda: made())
+
+
+def _warn_of_another_method(model: nn.Module, adapter: str, best: Path) -> None:
+    """A trainer loads nothing, and says nothing, where the best checkpoint was written before the change to a LoRA."""
+    path = (best if adapter == "default" else best / adapter) / "adapter_config.json"
+    kind = json.loads(path.read_text(encoding="utf-8"))["peft_type"] if path.is_file() else "LORA"
+    if kind != "LORA" and not is_other(model, adapter):
+        warnings.warn(
+            f"the best checkpoint {best} is of {kind}, and the adapter {adapter!r} has become a LoRA since: it stays "
+            "as after the last step; load that checkpoint with PeftModel.from_pretrained and squeeze it",
+            stacklevel=2,
+        )
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
-def _statistics_of(args: TrainingArguments, state: TrainerState, adapter: str) -> dict[str, Any] | None:
-    for folder in (args.resume_from_checkpoint, _checkpoint(args, state)):
-        if isinstance(folder, str | Path) and (path := Path(folder) / STATISTICS_NAME).is_file():
-            found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            return found.get(adapter)
-    return None
+def _resumed_from(args: TrainingArguments, state: TrainerState) -> Path:
+    """The checkpoint that the trainer goes on from."""
+    from transformers import Trainer
+
+    told = (found.get("resume_from_checkpoint") for _, found in _callers(Trainer))
+    folders = (folder for folder in (*told, args.resume_from_checkpoint) if isinstance(folder, str | Path))
+    return Path(next(folders, _checkpoint(args, state)))
+
+
+def _statistics_of(checkpoint: Path, adapter: str) -> dict[str, Any] | None:
+    path = checkpoint / STATISTICS_NAME
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return found.get(adapter)

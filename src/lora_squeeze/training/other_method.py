@@ -94,9 +94,10 @@ class OtherModule:
     @property
     def _shape(self) -> tuple[int, int, int]:
         """Rank, out and in."""
-        if self._delta is not None:
+        if (delta := self._delta) is not None:
             out, columns = self.layer.out_features, self.layer.in_features
-            return min(self._delta.rank or out, out, columns), out, columns
+            rank = delta.width if hasattr(delta, "width") else delta.rank
+            return min(rank or out, out, columns), out, columns
         module = self._merged.module
         return module.rank, module.out_features, module.in_features
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from lora_squeeze.adaptive import Adaptive
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.methods.control import end_control
 from lora_squeeze.methods.modes import evaluating
-from lora_squeeze.moments import predicted_increase
+from lora_squeeze.moments import Moments, predicted_increase
 from lora_squeeze.post_squeeze import decomposed
 from lora_squeeze.ranks import Allocation, Limits, Unit, choose, price
 from lora_squeeze.schedule import Schedule
@@ -173,7 +173,8 @@ class Squeezer:
         """Go on from a checkpoint. The model's layers take the checkpoint's ranks; load model and optimiser next.
 
         Raises:
-            LoraSqueezeError: the checkpoint was written under another schedule.
+            LoraSqueezeError: the checkpoint was written under another schedule, or after an adapter of another method
+                had become a LoRA.
         """
         mine, theirs = _described(self.schedule), dict(state["schedule"])
         changed = [
@@ -185,7 +186,13 @@ class Squeezer:
                 f"the checkpoint was trained under another schedule: {told}; go on with the same settings and the same "
                 "number of steps, or begin anew"
             )
-        make_room(self.model, state["ranks"], optimizer=self.optimizer, adapter=self.adapter)
+        if not is_other(self.model, self.adapter):
+            make_room(self.model, state["ranks"], optimizer=self.optimizer, adapter=self.adapter)
+        elif state["history"]:
+            raise LoraSqueezeError(
+                f"in this checkpoint the adapter {self.adapter!r} is a LoRA already; make the model from it: "
+                "PeftModel.from_pretrained(base_model, checkpoint, is_trainable=True)"
+            )
         self.steps_done, self.budgets = int(state["steps_done"]), [int(number) for number in state["budgets"]]
         self.history = [dict(entry) for entry in state["history"]]
         if self.statistics is not None and "statistics" in state:
@@ -262,7 +269,12 @@ class Squeezer:
         if schedule.loss is not None and self.statistics is not None:
             self.statistics.synchronise()
             moments, factor = self.statistics.moments(), self._correction()
-            curves = [[factor * loss for loss in loss_curve(members, moments)] for _, members in units]
+            if moments:
+                curves = [[factor * loss for loss in _loss_curve(unit, members, moments)] for unit, members in units]
+            elif self.steps_done < schedule.deadline_step:
+                return None
+            else:  # no gradient has come past B so far: there is nothing to predict a loss from
+                schedule = replace(schedule, loss=None)
         chosen = schedule.choose(self.steps_done, [unit for unit, _ in units], self.budgets[-1], curves)
         if chosen is None:
             return None
@@ -302,6 +314,12 @@ def _budgets(modules: Sequence[AnyModule], schedule: Schedule | Adaptive) -> lis
     if isinstance(schedule, Adaptive):
         return [schedule.budget(units)]
     return [price(units, choose(units, "rank", rank, "uniform", Limits(1))) for rank in schedule.ranks]
+
+
+def _loss_curve(unit: Unit, members: Sequence[AnyModule], moments: Mapping[str, Moments]) -> list[float]:
+    """Predicted increase of the loss at each rank; none where the update is still zero, seen or not."""
+    still = not any(map(any, unit.values))
+    return [0.0] * (unit.rank + 1) if still else loss_curve(members, moments)
 
 
 def _described(schedule: Schedule | Adaptive) -> dict[str, Any]:

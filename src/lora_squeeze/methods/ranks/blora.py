@@ -172,7 +172,7 @@ class BloraDelta(FactorDelta):
             largest |= {f"{name}_out": top for name, top in zip("AEB", self.seen, strict=True)}
         for name, top in largest.items():
             # Where all is zero still, the range of A is one that training can correct.
-            getattr(self, f"q_range_{name}").copy_((top if top > 0 else largest["A"]).log())
+            getattr(self, f"q_range_{name}").copy_(torch.where(top > 0, top, largest["A"]).log())
         self.quantised = True
 
     def multiplications(self, rank: int) -> dict[str, int]:
@@ -214,7 +214,7 @@ class BloraController(Controller):
     def _after_step(self) -> None:
         """Begin to quantise when the warm-up is over."""
         super()._after_step()
-        if self.steps_done == max(1, steps_of(self.config.warmup, self.total_steps)):
+        if not self.config.quantised and self.steps_done >= max(1, steps_of(self.config.warmup, self.total_steps)):
             for delta in self.deltas.values():
                 if self.config.activations and torch.distributed.is_available() and torch.distributed.is_initialized():
                     torch.distributed.all_reduce(delta.seen, torch.distributed.ReduceOp.MAX)

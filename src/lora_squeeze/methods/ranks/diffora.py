@@ -136,6 +136,7 @@ class DifforaController(Controller):
         self, model: nn.Module, total_steps: int, optimizer: Any = None, adapter: str = "default"
     ) -> None:  # fmt: skip
         super().__init__(model, total_steps, optimizer, adapter)
+        self._unshared = {name: (delta.B, delta.A) for name, delta in self.deltas.items()}
         if self.config.chosen is not None:  # by an earlier training
             self._set(self.config.chosen)
 
@@ -168,6 +169,8 @@ class DifforaController(Controller):
         super().load_state_dict(state)
         if state["chosen"] is not None:
             self._set(list(state["chosen"]))
+        elif self.config.chosen is not None:
+            self._search_again()
 
     @property
     def _length(self) -> int:
@@ -197,6 +200,13 @@ class DifforaController(Controller):
                 first = self.deltas[names[0]]
                 for name in names[1:]:
                     self.deltas[name].B, self.deltas[name].A = first.B, first.A
+
+    def _search_again(self) -> None:
+        """Every layer has a gate and factors of its own, as before the choice; they are yet to be loaded."""
+        self.config.chosen = None
+        for name, delta in self.deltas.items():
+            delta.chosen = None
+            delta.B, delta.A = self._unshared[name]
 
 
 def choose(gates: Mapping[str, float], keep: float, scope: str = "block") -> list[str]:

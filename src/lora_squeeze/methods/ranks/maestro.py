@@ -13,7 +13,8 @@ form for adapters is ours: U and V are the factors of a LoRA (U = 0 at the start
 - at `shrinks` points of the training, columns of an importance ||U[:, j:]|| ||V[:, j:]|| below `threshold` are left
   out, for good.
 
-The ranks found stand in the configuration, `found_ranks`, and are those of the saved adapter. A layer may end at 0.
+The ranks found stand in the model's configuration, `found_ranks`, and are those of the saved adapter. A layer may end
+at 0.
 
 As a plain LoRA: exact at the rank found for each layer, and at every lower `deploy_rank` (see `prefix.set_rank`).
 

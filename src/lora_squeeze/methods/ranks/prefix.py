@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.methods.adapters.engine import AdapterConfig, FactorDelta, Site
+from lora_squeeze.methods.control import own_config
 from lora_squeeze.methods.ranks.parts import lora_pair
 
 
@@ -92,6 +93,6 @@ def set_rank(model: nn.Module, rank: int | None, adapter: str = "default") -> No
     layers = [layer for layer in layers if adapter in layer.deltas]
     if any(adapter in layer.merged_adapters for layer in layers):
         raise LoraSqueezeError(f"adapter {adapter!r} is merged; call unmerge_adapter() before another rank is chosen")
-    config.deploy_rank = rank
+    own_config(model, adapter).deploy_rank = rank
     for layer in layers:
         layer.deltas[adapter].deploy(rank)

@@ -27,10 +27,14 @@ As a plain LoRA: exact at the number of open gates of each layer.
 The threshold acts in every step, whatever the loss does. Adam moves a gate by up to its learning rate in a step however
 small the gradient is, so that thresholds far below the rate close nothing and those of several rates close everything;
 a constant threshold wins once the rate has fallen.
+
+Not with gates of half precision, where 1 - 3e-4 is 1: no gate closes. PEFT keeps float32 unless it is told not to; the
+controller warns.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -143,6 +147,19 @@ class SoraController(Controller):
     """Adds the loss's share of the gates, and thresholds them."""
 
     deltas: dict[str, SoraDelta]
+
+    def __init__(
+        self, model: nn.Module, total_steps: int, optimizer: Any = None, adapter: str = "default"
+    ) -> None:  # fmt: skip
+        super().__init__(model, total_steps, optimizer, adapter)
+        coarse = {str(d.gate.dtype): torch.finfo(d.gate.dtype).eps for d in self.deltas.values()}
+        for dtype, step in coarse.items():
+            if step > torch.finfo(torch.float32).eps:
+                warnings.warn(
+                    f"the gates of adapter {adapter!r} are {dtype}: steps and thresholds below {step / 4:.1g} are "
+                    "rounded away at 1, so that no gate may ever close; leave autocast_adapter_dtype=True",
+                    stacklevel=3,
+                )
 
     def _before_step(self) -> None:
         """Add the gradient of l1 * mean |g|."""

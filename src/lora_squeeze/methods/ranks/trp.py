@@ -129,6 +129,12 @@ class TrpDelta(Delta):
         rank = max(1, shortest_head(S.double().square().tolist(), _ROUNDING))
         return rank if rank < min(self.site.in_features, self.site.out_features) else None
 
+    @property
+    def width(self) -> int | None:
+        """The present rank, or r where that is more: a dW that is still zero will come to it. None: as for `rank`."""
+        rank = self.rank
+        return None if rank is None else max(rank, int(self.config.r))
+
     def weight(self) -> Tensor:
         """D, or alpha / r B A."""
         return self.D if self.config.form == "dense" else (self.scale * self.B) @ self.A
