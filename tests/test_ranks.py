@@ -185,6 +185,12 @@ def test_members_of_a_unit_are_content_with_its_rank() -> None:
 # --- budgets against brute force ------------------------------------------------------------------------------------
 
 
+def test_one_rank_for_layers_that_count_in_different_steps() -> None:
+    """Half of the energy takes rank 4 of the first; rank 4 of the second, in steps of 3, is one of them."""
+    units = [Unit("a", 3, [[1.0] * 3], 1, step=2), Unit("b", 2, [[1.0] * 2], 1, step=3)]
+    assert pick(units, "energy", 0.5, "uniform") == [2, 1] == pick(units, "rank", 4)
+
+
 @quick
 @given(some_units(equal_costs=True, free=True), st.integers(1, 150))
 def test_a_budget_is_spent_optimally_where_all_directions_cost_the_same(plan: Plan, budget: int) -> None:

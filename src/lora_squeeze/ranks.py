@@ -181,7 +181,7 @@ def choose(
     needed = [max(_smallest(rule, value, values) for values in unit.values) for unit in units]
     if allocate == "uniform":
         top = max(k * unit.step for k, unit in zip(needed, units, strict=True))
-        needed = [-(-top // unit.step) for unit in units]
+        needed = [max(top // unit.step, min(top, 1)) for unit in units]
     return [_rung(ladder, k, down=False) for ladder, k in zip(ladders, needed, strict=True)]
 
 

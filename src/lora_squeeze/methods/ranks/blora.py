@@ -192,7 +192,8 @@ class BloraController(Controller):
         if not self._draws:
             return
         sizes = [sum(map(len, delta.gates(name))) for delta, name in quantizers]
-        drawn = torch.rand(sum(sizes), generator=self.generator()).to(quantizers[0][0].A.device)
+        drawn = torch.rand(sum(sizes), generator=self.generator(), dtype=torch.float32, device="cpu")
+        drawn = drawn.to(quantizers[0][0].A.device)
         for (delta, name), noise in zip(quantizers, drawn.split(sizes), strict=True):
             delta.noise[name] = noise
 

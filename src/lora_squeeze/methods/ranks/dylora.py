@@ -101,7 +101,7 @@ class DyloraController(Controller):
 
     def _before_forward(self) -> None:
         """Draw one rank for all layers."""
-        odds = torch.tensor(self.config.odds or [1.0] * self.config.r, dtype=torch.float64)
+        odds = torch.tensor(self.config.odds or [1.0] * self.config.r, dtype=torch.float64, device="cpu")
         self._set(1 + int(torch.multinomial(odds, 1, generator=self.generator())))
 
     def _finish(self) -> None:

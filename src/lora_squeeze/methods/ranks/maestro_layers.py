@@ -88,7 +88,7 @@ def draw(layers: Mapping[str, Ordered], step: int, began: int, seed: int) -> int
         return began
     if step - began >= len(pairs):
         began = step
-    order = torch.randperm(len(pairs), generator=seeded(seed, "maestro", began))
+    order = torch.randperm(len(pairs), generator=seeded(seed, "maestro", began), device="cpu")
     layer, layer.prefix = pairs[int(order[step - began])]
     return began
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_squeeze.methods.adapters.engine import Site
+from lora_squeeze.methods.seeds import usual_defaults
 
 
 def lora_pair(site: Site, config: Any, generator: torch.Generator | None = None) -> tuple[nn.Parameter, nn.Parameter]:
@@ -20,10 +21,11 @@ def lora_pair(site: Site, config: Any, generator: torch.Generator | None = None)
         generator: on the CPU; default torch's global one.
     """
     bound = 1 / math.sqrt(site.in_features)
-    A = torch.rand(config.r, site.in_features, generator=generator) * 2 - 1
-    B = torch.zeros(site.out_features, config.r)
-    if not config.init_weights:
-        B = (torch.rand(B.shape, generator=generator) * 2 - 1) * bound
+    with usual_defaults():
+        A = torch.rand(config.r, site.in_features, generator=generator) * 2 - 1
+        B = torch.zeros(site.out_features, config.r)
+        if not config.init_weights:
+            B = (torch.rand(B.shape, generator=generator) * 2 - 1) * bound
     return nn.Parameter(B), nn.Parameter(A * bound)
 
 
