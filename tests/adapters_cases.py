@@ -127,6 +127,18 @@ def net(dtype: torch.dtype = torch.float32) -> Net:
         return Net().to(dtype).eval()
 
 
+class Inside(nn.Module):
+    """The net, with all its modules under other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner(x)
+        return found
+
+
 def batch(dtype: torch.dtype = torch.float32) -> Tensor:
     """The same input on every call, with more rows than any layer is wide."""
     return torch.randn(4, 8, IN, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters_cases import HIDDEN, IN, METHODS, Method, adapted, batch, drawn_from, layers, net, shake
+from adapters_cases import HIDDEN, IN, METHODS, Inside, Method, adapted, batch, drawn_from, layers, net, shake
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -171,18 +171,6 @@ def test_what_is_saved_is_what_is_loaded(method: Method, low_memory: bool, tmp_p
     assert torch.equal(again(batch()), model(batch()))
     keys = load_file(tmp_path / "adapter_model.safetensors")
     assert all(f".{method.name}_delta." in key and ".default" not in key for key in keys)
-
-
-class Inside(nn.Module):
-    """The net, with all its modules under other names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = net()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.inner(x)
-        return found
 
 
 @pytest.mark.parametrize("low_memory", [False, True], ids=["plain", "low-cpu-mem"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters_cases import METHODS, Method, adapted, batch, layers, net
+from adapters_cases import METHODS, Inside, Method, adapted, batch, layers, net
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,18 +22,6 @@ CASES = {
 }
 pytestmark = pytest.mark.parametrize("method", CASES.values(), ids=CASES)
 OTHER_NAMES = {r"^0\.": "inner."}
-
-
-class Inside(nn.Module):
-    """The net under another name than in a sequence."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = net()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.inner(x)
-        return found
 
 
 def in_sequence(method: Method, folder: Path, **settings: object) -> torch.Tensor:

@@ -147,12 +147,9 @@ def _step(live: Any, optimizer: Any, scheduler: Any) -> float:
     return loss.item()
 
 
-def test_the_controller_ends_where_the_lora_begins() -> None:
-    live = adapted(METHODS["sora"], times_lr=True).train()
-    optimizer = torch.optim.AdamW([p for p in live.parameters() if p.requires_grad], lr=1e-2)
-    controller = controller_for(live, 10, optimizer)
-    squeezer = Squeezer(live, optimizer, make_schedule(3, 1, 10, mode="cont", last_steps=4))
-    for _ in range(10):
+def controlled_steps(count: int, live: Any, optimizer: Any, controller: Any, squeezer: Squeezer) -> None:
+    """A loop with a method's controller and a squeezer."""
+    for _ in range(count):
         controller.before_forward()
         (live(batch()) - 1).square().mean().backward()
         controller.before_step()
@@ -160,6 +157,14 @@ def test_the_controller_ends_where_the_lora_begins() -> None:
         controller.after_step()
         optimizer.zero_grad()
         squeezer.step()
+
+
+def test_the_controller_ends_where_the_lora_begins() -> None:
+    live = adapted(METHODS["sora"], times_lr=True).train()
+    optimizer = torch.optim.AdamW([p for p in live.parameters() if p.requires_grad], lr=1e-2)
+    controller = controller_for(live, 10, optimizer)
+    squeezer = Squeezer(live, optimizer, make_schedule(3, 1, 10, mode="cont", last_steps=4))
+    controlled_steps(10, live, optimizer, controller, squeezer)
     controller.finish()
     squeezer.finish()
     assert controller.steps_done == 6
@@ -309,14 +314,7 @@ def test_a_schedule_begins_at_the_width_of_pruned_updates(form: str) -> None:
     optimizer = torch.optim.AdamW([p for p in live.parameters() if p.requires_grad], lr=1e-2)
     controller = controller_for(live, 8, optimizer)
     squeezer = Squeezer(live, optimizer, make_schedule(4, 2, 8, mode="cont", last_steps=4))
-    for _ in range(8):
-        controller.before_forward()
-        (live(batch()) - 1).square().mean().backward()
-        controller.before_step()
-        optimizer.step()
-        controller.after_step()
-        optimizer.zero_grad()
-        squeezer.step()
+    controlled_steps(8, live, optimizer, controller, squeezer)
     squeezer.finish()
     assert lora_ranks(live) == {2}
 

@@ -181,6 +181,7 @@ def choose(
     needed = [max(_smallest(rule, value, values) for values in unit.values) for unit in units]
     if allocate == "uniform":
         top = max(k * unit.step for k, unit in zip(needed, units, strict=True))
+        # One rank for all, rounded down to steps as in `_uniform`: what a unit needs is a multiple of its step.
         needed = [max(top // unit.step, min(top, 1)) for unit in units]
     return [_rung(ladder, k, down=False) for ladder, k in zip(ladders, needed, strict=True)]
 

@@ -26,7 +26,8 @@ The authors have published no code. Ours: the sigmoid, one gate for each layer, 
 of sharing, all default values; sure are the binary matrix of layers and kinds, its relaxation, and the two levels.
 
 As a plain LoRA: exact at rank r; shared factors are copied into each layer. With distributed data parallel, set
-`find_unused_parameters`: the gates rest after the search.
+`find_unused_parameters`: the gates rest after the search. The chosen layers are known by name: not where an adapter is
+loaded under other names of layers (PEFT's `key_mapping`); convert it to a plain LoRA before.
 """
 
 from __future__ import annotations
