@@ -17,7 +17,7 @@ import torch
 from bench.evidence import __main__ as command_line
 from bench.evidence import methods, tasks
 from bench.evidence.data import Data, Example, place, split
-from bench.evidence.learners import learner
+from bench.evidence.learners import causal, learner, narrow
 from bench.evidence.learners.base import Scores
 from bench.evidence.loop import evaluate, order, train
 from bench.evidence.plan import Asked, final_jobs, tuning_jobs
@@ -239,6 +239,28 @@ def test_padding_changes_nothing() -> None:
     found = [evaluate(tiny, model, tiny.batches(d, EXAMPLES[:5], size)) for d, size in ((data, 5), (wide, 2))]
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
     assert found[0]["units"] == found[1]["units"]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_narrow_weights_change_no_bit(monkeypatch: pytest.MonkeyPatch, dora: bool) -> None:
+    """Frozen weights are rounded once and not in every pass, under plain LoRA alone; a second adapter starts alike."""
+    from peft import LoraConfig
+
+    for module in (causal, narrow):
+        monkeypatch.setattr(module, "choose_precision", lambda device: "bfloat16")
+    found: dict[bool, list[float]] = {}
+    for is_narrow in (True, False):
+        tiny = causal.Tiny()
+        batches = tiny.batches(small(), EXAMPLES[:24], 4)
+        for _ in range(2):
+            model = tiny.attach(LoraConfig(r=4, target_modules=tiny.targets, use_dora=dora), small(), 0)
+            if is_narrow:
+                tiny.narrow(model)
+            kinds = {p.dtype for p in model.parameters() if not p.requires_grad}
+            assert kinds == ({torch.float32, torch.bfloat16} if is_narrow and not dora else {torch.float32})
+            assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+            found.setdefault(is_narrow, []).extend(train(tiny, model, batches, 1e-2).losses)
+    assert found[True] == found[False]
 
 
 def test_examples_without_room_are_passed_over() -> None:

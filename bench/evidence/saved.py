@@ -50,6 +50,7 @@ class Source:
                 raise SystemExit(f"a plain LoRA was expected, found {config.peft_type}")
             config.inference_mode = False
             model = self.learner.attach(config, self.data, self.seed)
+            self.learner.narrow(model)
             set_peft_model_state_dict(model, load_peft_weights(str(home), device=str(self.learner.device)))
         return float(adapter.report.energy), model
 

@@ -115,6 +115,7 @@ class _Work:
         job = self.job
         schedule = methods.SCHEDULES[job.method](job.source_rank, job.rank, job.steps)
         model = self.learner.attach(self._lora(job.source_rank), self.data, job.seed)
+        self.learner.narrow(model)
         policy = methods.LEARNING_RATES.get(job.method, "continue")
         return model, self._train(model, self.batches[: job.steps], job.rate, schedule=schedule, learning_rate=policy)
 
@@ -129,6 +130,7 @@ class _Work:
         """Direct training; the source of squeezes is kept on disk, since much is derived from it."""
         job = self.job
         model = self.learner.attach(self._lora(job.rank), self.data, job.seed)
+        self.learner.narrow(model)
         kept = self._kept() if any(methods.from_source(want[0]) for want in job.wanted) else None
         if kept is not None and kept.exists():
             return model, _restore(model, kept)

@@ -64,6 +64,9 @@ class Learner(Protocol):
     def attach(self, config: Any, data: Data, seed: int) -> Any:
         """A PEFT model with a fresh adapter; the one before is taken off."""
 
+    def narrow(self, model: Any) -> None:
+        """Round frozen weights to the precision of the products, if no result depends on it; see `narrow`."""
+
     def base_folder(self) -> Path | None:
         """The base model on disk, for methods whose update needs its weights; None: there is none."""
 

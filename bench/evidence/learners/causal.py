@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from bench.evidence.data import Data, Example
 from bench.evidence.learners.base import Batch, Scores
+from bench.evidence.learners.narrow import Wide, narrow, widen
 from lora_squeeze.runtime import autocast, choose_device, choose_precision, quiet_libraries
 
 IGNORED = -100
@@ -33,6 +34,7 @@ class SmolLM2:
     def __init__(self) -> None:
         self._base: Any = None
         self._adapted: Any = None
+        self._wide: Wide = []
 
     @property
     def weights(self) -> str:
@@ -45,6 +47,8 @@ class SmolLM2:
         """See `Learner`. The base is loaded again after a method that changes its weights."""
         from peft import get_peft_model
 
+        widen(self._wide)
+        self._wide = []
         if self._adapted is not None:
             self._base = self._adapted.unload() if _leaves_base_alone(self._adapted) else None
             self._adapted = None
@@ -54,6 +58,10 @@ class SmolLM2:
             torch.manual_seed(seed)
             self._adapted = get_peft_model(self._base, config)
         return self._adapted
+
+    def narrow(self, model: Any) -> None:
+        """See `Learner`."""
+        self._wide = narrow(model, self.device)
 
     def _load(self) -> Any:
         from transformers import AutoModelForCausalLM

