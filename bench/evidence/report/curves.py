@@ -39,6 +39,8 @@ _LOOKS = {
     "in-equal": _Look("#0072B2", "-", "P"),
     "in-proportional": _Look("#0072B2", "--", "X"),
     "in-adaptive": _Look("#0072B2", ":", "*"),
+    "in-equal-restart": _Look("#E69F00", "-", "P"),
+    "in-proportional-restart": _Look("#E69F00", "--", "X"),
     "in-equal-rising": _Look("#56B4E9", "-", "P"),
     "in-proportional-rising": _Look("#56B4E9", "--", "X"),
 }
