@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from bench.evidence.methods import DEFAULT_METHODS
-from bench.evidence.report import tables
+from bench.evidence.methods import DEFAULT_METHODS, METHODS
+from bench.evidence.report import curves, tables
 from bench.evidence.report.__main__ import main
 from bench.evidence.report.estimate import NO, OPEN, YES, Estimate, decide, estimate, number, pooled_deviation, spread
 from bench.evidence.report.page import tables_page
@@ -588,3 +588,19 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     broken = written([{"kind": "result", "task": "x", "seed": 0}], tmp_path / "broken.jsonl")
     assert refusal(broken).startswith('a result has no method, rank, purpose, model, loss, accuracy: {"kind": "result"')
     assert not (tmp_path / "out").exists()
+
+
+def test_every_arm_has_a_look_and_the_legend_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(curves, "_save", lambda figure, path: figures.append(figure))
+    results = gather(world(lambda method, rank, place: PLAIN, methods=METHODS)).models
+    names = curves.draw_all(results, tmp_path)
+    assert {title.partition(",")[0] for title in names} == {"means", "toy"}
+    for figure in figures:
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        assert {text.get_text() for text in legend.get_texts()} == {*METHODS, "source, rank 64"}
+        box = legend.get_window_extent()
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and 0 <= box.y0
+    looks = [curves._LOOKS[method] for method in METHODS]
+    assert len(set(looks)) == len(looks)

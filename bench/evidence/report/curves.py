@@ -19,6 +19,7 @@ from bench.evidence.report.results import ACCURACY, BASE, LOSS, Arm, Measure, Re
 _COLUMNS = 4  # of small pictures
 _WIDTH = 0.24  # octaves over which the points of one rank are spread, so that their error bars do not hide each other
 _GREY = "#7f7f7f"
+_LEGEND_LINE, _LEGEND_LETTER = 0.6, 0.07  # inches
 
 
 @dataclass(frozen=True)
@@ -175,10 +176,9 @@ def _finish(figure: Any, panels: Sequence[Any], title: str) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.suptitle(title, fontsize=10)
-    columns = min(len(handles), 5 if len(panels) > 1 else 4)
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=max(1, columns), frameon=False, fontsize=9
-    )
+    each = _LEGEND_LINE + _LEGEND_LETTER * max(map(len, handles), default=0)
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / each)))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _save(figure: Any, path: Path) -> None:
