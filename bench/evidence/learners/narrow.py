@@ -1,7 +1,7 @@
 """Frozen weights in the precision of the products.
 
 Autocast rounds every weight of the base model anew in every pass, to the same numbers. Rounding them once, after the
-adapter is on, gives the same losses to the last bit and saves a tenth of a small model's step.
+adapter is on, gives the same losses to the last bit.
 """
 
 from __future__ import annotations
