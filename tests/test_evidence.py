@@ -199,8 +199,35 @@ def test_rows_of_another_setting_or_rate_are_not_taken_for_done(store: Path) -> 
     assert not final_jobs(wanted, rows)
     everything = {name for name, job in final_jobs(wanted, []).items() if job.method != "base"}
     assert set(final_jobs(replace(wanted, rate=3e-3), rows)) == {n.replace("0.001", "0.003") for n in everything}
-    for other in (replace(wanted, precision="bfloat16"), replace(wanted, weights="others"), replace(wanted, batch=99)):
+    for other in (replace(wanted, weights="others"), replace(wanted, batch=99)):
         assert everything < set(final_jobs(other, rows))
+
+
+def test_a_task_and_seed_is_measured_in_one_precision(store: Path) -> None:
+    """What another machine has done as a whole is done; what it has begun is begun again."""
+    wanted = asked(store, methods=["direct", "in-equal"], seeds=[0, 1], rate=1e-3, precision="float32")
+    rows = []
+    for job in final_jobs(wanted, []).values():
+        for method, rank, rate in job.wanted:
+            key = {name: getattr(job, name) for name in KEY}
+            rows.append({"kind": "result", **key, "method": method, "rank": rank, "rate": rate, "source_rate": None})
+    narrow = replace(wanted, precision="bfloat16")
+    assert final_jobs(narrow, rows) == {}
+    left = final_jobs(narrow, rows[1:])
+    assert {(job.seed, job.precision) for job in left.values()} == {(0, "bfloat16")}
+    assert left.keys() == final_jobs(replace(narrow, seeds=[0]), []).keys()
+
+
+def test_rates_of_another_precision_count(store: Path) -> None:
+    wanted = asked(store, methods=["direct"], rate=None, precision="float32")
+    rows: list[Row] = []
+    while jobs := tuning_jobs(wanted, rows):
+        for job in jobs.values():
+            rows += [
+                _tuned(job, method, rank, rate or 0, abs(on_grid_place(job.rate))) for method, rank, rate in job.wanted
+            ]
+    assert tuning_jobs(replace(wanted, precision="bfloat16"), rows) == {}
+    assert len(rows) >= 9
 
 
 def test_a_rate_at_which_training_breaks_is_not_chosen() -> None:
@@ -215,7 +242,7 @@ def test_a_rate_at_which_training_breaks_is_not_chosen() -> None:
 def test_scores_against_a_count_by_hand() -> None:
     logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[0.0, 3.0], [1.0, 0.0]]])
     labels = torch.tensor([[0, -100], [1, 1]])
-    scores = Scores.of(logits, labels, -100)
+    scores = Scores.of(logits[labels != -100], labels, -100)
     probabilities = logits.softmax(-1)
     assert scores.loss.tolist() == pytest.approx(
         [-probabilities[i, j, k].log().item() for i, j, k in ((0, 0, 0), (1, 0, 1), (1, 1, 1))]
@@ -239,6 +266,43 @@ def test_padding_changes_nothing() -> None:
     found = [evaluate(tiny, model, tiny.batches(d, EXAMPLES[:5], size)) for d, size in ((data, 5), (wide, 2))]
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
     assert found[0]["units"] == found[1]["units"]
+
+
+def test_examples_one_after_another_see_what_they_see_alone() -> None:
+    """Plain LoRA is packed, and gives the gradients of padded rows; a method that may look at a row is not."""
+    from peft import LoraConfig, PrefixTuningConfig
+
+    data = replace(small(), prompt_tokens=11, answer_tokens=6)
+    examples = [Example("7 =", "12"), *EXAMPLES[:5], Example("1 + 1 =", "2")]
+    found = []
+    for packs in (True, False):
+        tiny = causal.Tiny()
+        tiny.packs = packs
+        model = tiny.attach(LoraConfig(r=2, target_modules=tiny.targets), data, 0)
+        seen: list[tuple[int, ...]] = []
+        inner = model.get_input_embeddings()
+        inner.register_forward_hook(lambda module, args, result, seen=seen: seen.append(tuple(args[0].shape)))
+        (batch,) = tiny.batches(data, examples, 7)
+        loss = tiny.loss(model, batch)
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        tokens = int(batch["mask"].sum())
+        assert tokens % 16 != 0, "else nothing is filled up"
+        assert seen == [(1, tokens + -tokens % 16) if packs else (7, 17)]
+        found.append((loss.item(), gradients, tiny.score(model, batch)))
+    (loss, gradients, scores), (other, others, alike) = found
+    assert loss == pytest.approx(other, rel=1e-5)
+    assert gradients.keys() == others.keys() and any(g.abs().max() > 0 for g in gradients.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, others[name], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(scores.loss, alike.loss, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(scores.confidence, alike.confidence, rtol=1e-4, atol=1e-6)
+    assert scores.exact.tolist() == alike.exact.tolist() and scores.right.tolist() == alike.right.tolist()
+    for config in (
+        LoraConfig(r=2, target_modules=tiny.targets, use_dora=True),
+        PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    ):
+        assert not narrow.is_plain(causal.Tiny().attach(config, data, 0))
 
 
 @pytest.mark.parametrize("dora", [False, True])

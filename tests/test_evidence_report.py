@@ -514,14 +514,33 @@ def test_one_arm_with_two_learning_rates_is_refused() -> None:
 
 def test_another_budget_is_another_model_and_another_setting_another_method() -> None:
     rows = [row("task-a", "direct", 8, 0, 1.0), row("task-a", "direct", 8, 0, 1.0, steps=200)]
-    other = [row("task-a", "direct", 8, 0, 1.0, **more) for more in ({"precision": "bfloat16"}, {"weights": "x"})]
-    assert len(gather([*rows, *other]).models) == 4
+    assert len(gather([*rows, row("task-a", "direct", 8, 0, 1.0, weights="x")]).models) == 3
     report = gather([*rows, row("task-a", "direct", 8, 0, 1.0, options={"x": 1})])
     assert report.duplicates == 0
     titles = ["toy, 100 steps of 8 examples, source rank 64", "toy, 200 steps of 8 examples, source rank 64"]
     assert [results.title for results in report.models] == titles == labels(report.models)
     assert labels(report.models[:1]) == ["toy"]
     assert report.models[0].arms == [("direct", 8), ('direct {"x": 1}', 8)]
+
+
+def test_a_task_and_seed_has_the_rows_of_one_precision() -> None:
+    wide, narrow = {"precision": "float32"}, {"precision": "bfloat16"}
+    rows = [
+        row("task-a", "direct", 8, 0, 1.0, **wide, time="1"),
+        row("task-a", "direct", 8, 0, 2.0, **narrow, time="2"),
+        row("task-a", "post", 8, 0, 3.0, **narrow, time="3"),
+        row("task-a", "direct", 8, 1, 4.0, **narrow, time="5"),
+        row("task-a", "direct", 8, 1, 5.0, **wide, time="4"),
+    ]
+    report = gather(rows)
+    (results,) = report.models
+    assert report.duplicates == 0
+    assert {arm: row["loss"] for arm, row in results.cells["task-a", 0].items()} == {
+        ("direct", 8): 2.0,
+        ("post", 8): 3.0,
+    }
+    assert results.cells["task-a", 1]["direct", 8]["loss"] == 5.0, "the first of equals"
+    assert results.title.endswith("bfloat16 and float32")
 
 
 def test_lines_of_other_kinds_are_passed_over_and_machines_are_listed() -> None:

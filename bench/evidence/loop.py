@@ -84,7 +84,9 @@ def train(
     """
     own = schedule is None and hasattr(model, "peft_config")
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameter_groups(model, rate) if own else trained, lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, rate) if own else trained, lr=rate, weight_decay=0.0, fused=True
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _curve(len(batches)))
     squeezer = None
     if schedule is not None:

@@ -28,8 +28,9 @@ class Asked:
         foreign: "peft:NAME" -> settings of PEFT's configuration; words after the name tell several settings apart.
         rate: for every method, in place of the tuned ones.
         guess: where the search for a learning rate begins.
-        weights, precision: of the base model, and of the products in training and measuring. Rows of others are not
-            rows of this run.
+        weights: of the base model. Rows of others are not rows of this run.
+        precision: of the products in training and measuring. A task with one seed is measured in one precision as a
+            whole; where another machine has done that in another, it is done. Learning rates are of all precisions.
     """
 
     model: str
@@ -52,13 +53,22 @@ class Asked:
 def final_jobs(asked: Asked, rows: Sequence[Row]) -> dict[str, Job]:
     """The jobs whose rows are missing, by a name that says what they are: all tasks of the first seed first."""
     jobs: dict[str, Job] = {}
+    precisions = {asked.precision, *(row["precision"] for row in rows if row.get("purpose") == "final")}
     for seed in asked.seeds:
         for task in asked.tasks:
-            for job in _cell(asked, rows, task, seed):
-                wanted = tuple(w for w in job.wanted if not _done(rows, job, w))
-                if wanted:
-                    jobs[_name(job)] = _with(job, wanted=wanted)
+            missing = {p: _missing(replace(asked, precision=p), rows, task, seed) for p in precisions}
+            if all(missing.values()):
+                jobs |= missing[asked.precision]
     return jobs
+
+
+def _missing(asked: Asked, rows: Sequence[Row], task: str, seed: int) -> dict[str, Job]:
+    found = {}
+    for job in _cell(asked, rows, task, seed):
+        wanted = tuple(w for w in job.wanted if not _done(rows, job, w))
+        if wanted:
+            found[_name(job)] = _with(job, wanted=wanted)
+    return found
 
 
 def tuning_jobs(asked: Asked, rows: Sequence[Row]) -> dict[str, Job]:
@@ -114,8 +124,8 @@ def _guess(asked: Asked, rows: Sequence[Row], method: str, rank: int) -> float:
 
 
 def _tuned(asked: Asked, rows: Sequence[Row]) -> list[Row]:
-    """Trials of learning rates for this model and budget."""
-    setting = {name: getattr(asked, name) for name in SETTING}
+    """Trials of learning rates for this model and budget, in any precision."""
+    setting = {name: getattr(asked, name) for name in SETTING if name != "precision"}
     return like(rows, kind="result", purpose="tune", **setting)
 
 
@@ -183,7 +193,8 @@ def _name(job: Job) -> str:
 
 def _done(rows: Sequence[Row], job: Job, wanted: tuple[str, int, float | None]) -> bool:
     method, rank, rate = wanted
-    key: dict[str, Any] = {name: getattr(job, name) for name in KEY}
+    same = [name for name in KEY if name != "precision" or job.purpose == "final"]
+    key: dict[str, Any] = {name: getattr(job, name) for name in same}
     key |= {"method": method, "rank": rank, "rate": rate}
     if methods.from_source(method):
         key["source_rate"] = job.rate

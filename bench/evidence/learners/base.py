@@ -34,14 +34,15 @@ class Scores:
 
     @staticmethod
     def of(logits: Tensor, labels: Tensor, ignored: int) -> Scores:
-        """Scores from logits (examples, units, choices) and labels (examples, units); ignored labels are no units."""
+        """Scores from labels (examples, most units) and the logits (units, choices) of those that are not ignored."""
         counted = labels != ignored
         found = logits.float().log_softmax(-1)
         best, choice = found.max(-1)
-        gold = found.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        right = choice == labels
-        confidence = (best * counted).sum(-1).exp()
-        return Scores(-gold[counted], right[counted], confidence, (right | ~counted).all(-1))
+        gold = labels[counted]
+        right = choice == gold
+        confidence = best.new_zeros(labels.shape).masked_scatter(counted, best).sum(-1).exp()
+        exact = torch.ones_like(counted).masked_scatter(counted, right).all(-1)
+        return Scores(-found.gather(-1, gold.unsqueeze(-1)).squeeze(-1), right, confidence, exact)
 
     @staticmethod
     def join(parts: Sequence[Scores]) -> Scores:

@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from bench.evidence.data import Data, Example
 from bench.evidence.learners.base import Batch, Scores
-from bench.evidence.learners.narrow import Wide, narrow, widen
+from bench.evidence.learners.narrow import Wide, is_plain, narrow, widen
+from bench.evidence.learners.packed import pack
 from lora_squeeze.runtime import autocast, choose_device, choose_precision, quiet_libraries
 
 IGNORED = -100
@@ -22,14 +23,15 @@ IGNORED = -100
 class SmolLM2:
     """SmolLM2-135M-Instruct.
 
-    Every example has one shape: the prompt is padded on the left and the answer on the right, so that only the logits
-    of the answers are computed.
+    Every example has one shape: the prompt is padded on the left and the answer on the right. Plain LoRA sees the
+    examples of a batch one after another, without the padding; only the logits of the answers are computed.
     """
 
     name = "smollm2"
     task_type: str | None = "CAUSAL_LM"
     targets: Any = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     device = choose_device(None)
+    packs = True  # whether padding is left out under plain LoRA; other methods may look at whole rows
 
     def __init__(self) -> None:
         self._base: Any = None
@@ -125,10 +127,17 @@ class SmolLM2:
         return {name: tensor.to(self.device) for name, tensor in found.items()}
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        kept = batch["labels"].shape[1] + 1
+        """Of the answers' tokens alone, (units, vocabulary): each is told at the place before it."""
+        answers = batch["labels"] != IGNORED
+        before = torch.zeros_like(batch["mask"], dtype=torch.bool)
+        before[:, -answers.shape[1] - 1 : -1] = answers
         with autocast(self.device, choose_precision(self.device)):
-            found: Tensor = model(**self.inputs(batch), logits_to_keep=kept, use_cache=False).logits
-        return found[:, :-1].float()
+            if self.packs and is_plain(model):
+                found: Tensor = model(**pack(batch["ids"], batch["mask"], before), use_cache=False).logits[0]
+            else:
+                columns = torch.arange(before.shape[1], device=before.device)[-answers.shape[1] - 1 : -1]
+                found = model(**self.inputs(batch), logits_to_keep=columns, use_cache=False).logits[answers]
+        return found.float()
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """See `Learner`."""
@@ -136,7 +145,8 @@ class SmolLM2:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean over the tokens of the answers."""
-        return cross_entropy(self._logits(model, batch).flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
+        labels = batch["labels"]
+        return cross_entropy(self._logits(model, batch), labels[labels != IGNORED])
 
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         """By token of the answers."""

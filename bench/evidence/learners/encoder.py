@@ -104,4 +104,4 @@ class MiniLM:
         """By text."""
         with autocast(self.device, choose_precision(self.device)):
             logits: Tensor = model(**self.inputs(batch)).logits
-        return Scores.of(logits.unsqueeze(1), batch["labels"].unsqueeze(1), ignored=-100)
+        return Scores.of(logits, batch["labels"].unsqueeze(1), ignored=-100)

@@ -26,17 +26,26 @@ def narrow(model: Any, device: torch.device) -> Wide:
     Returns:
         Layers and their weights as they were, for `widen`.
     """
-    from peft.tuners.lora import Linear, LoraLayer
+    from peft.tuners.lora import LoraLayer
 
     dtype = getattr(torch, choose_precision(device))
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if dtype == torch.float32 or any(type(layer) is not Linear or layer.lora_variant for layer in layers):
+    if dtype == torch.float32 or not is_plain(model):
         return []
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     owners = [*(layer.get_base_layer() for layer in layers), model.get_output_embeddings()]
     wide = [(m, m.weight) for m in owners if isinstance(m, nn.Linear) and not m.weight.requires_grad]
     for owner, weight in wide:
         owner.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     return wide
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether the adapter is LoRA as first published, on linear layers: it sees each token alone, and no weight."""
+    from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return bool(layers) and all(type(layer) is Linear and not layer.lora_variant for layer in layers)
 
 
 def widen(wide: Wide) -> None:

@@ -20,6 +20,7 @@ class Vision(SmolLM2):
     """A small tower, pre-trained here, and SmolLM2; see bench/evidence/vlm."""
 
     name = "vlm"
+    packs = False  # pictures belong to rows, and their tokens are of one number
     targets: Any = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
     @property

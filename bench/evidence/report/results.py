@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +21,7 @@ Arm = tuple[str, int]  # method, rank; rank 0 where a method has none
 Run = tuple[str, int]  # task, seed
 _KEY = ("task", "method", "rank", "seed", "purpose")
 _NEEDED = (*_KEY, "model", "loss", "accuracy")
-_SETTING = ("model", "steps", "batch", "source_rank", "precision", "weights")
+_SETTING = ("model", "steps", "batch", "source_rank", "weights")
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Results:
     """All rows of one model with one budget.
 
     Args:
-        setting: model, steps, batch, source rank, precision and the origin of the base model's weights.
-        cells: final rows by (task, seed), then by (method, rank).
+        setting: model, steps, batch, source rank and the origin of the base model's weights.
+        cells: final rows by (task, seed), then by (method, rank); those of one (task, seed) have one precision.
         tuning: rows of learning rates tried.
     """
 
@@ -72,10 +73,11 @@ class Results:
     @property
     def title(self) -> str:
         """The model and its budget."""
-        steps, batch, rank, precision = (self.setting[name] for name in _SETTING[1:5])
+        steps, batch, rank = (self.setting[name] for name in _SETTING[1:4])
         budget = f"{steps} steps" + (f" of {batch} examples" if batch is not None else "")
         parts = [self.name, *([budget] if steps is not None else []), *([f"source rank {rank}"] if rank else [])]
-        parts += [precision] if precision else []
+        precisions = {str(p) for cell in self.cells.values() for row in cell.values() if (p := row.get("precision"))}
+        parts += [" and ".join(sorted(precisions))] if precisions else []
         return ", ".join(parts)
 
     @cached_property
@@ -209,7 +211,8 @@ class Report:
 def read(paths: Sequence[Path]) -> Report:
     """Sort the rows of these files.
 
-    Of rows with one key the first counts, by the time in the row, so that the order of files does not matter.
+    Of rows with one key the first counts, by the time in the row, so that the order of files does not matter. A (task,
+    seed) that was begun in two precisions has the rows of the one in which it has most.
 
     Raises:
         LoraSqueezeError: a file that is not there, a result without one of the figures that are needed, or results of
@@ -225,6 +228,7 @@ def gather(rows: Iterable[Row]) -> Report:
     """The same from rows in memory."""
     ordered = sorted(rows, key=lambda row: (str(row.get("time", "")), json.dumps(row, sort_keys=True)))
     models: dict[tuple[Any, ...], Results] = {}
+    kept = _fullest(ordered)
     seen: dict[str, Any] = {}
     duplicates = 0
     for row in ordered:
@@ -233,9 +237,13 @@ def gather(rows: Iterable[Row]) -> Report:
         absent = [name for name in _NEEDED if row.get(name) is None]
         if absent:
             raise LoraSqueezeError(f"a result has no {', '.join(absent)}: {json.dumps(row)[:200]}")
+        if row["purpose"] != "tune" and row.get("precision") != kept[_run(row)]:
+            continue
         setting = tuple(row.get(name) for name in _SETTING)
         rate = row.get("rate") if row["purpose"] == "tune" else None
-        key = json.dumps([setting, [row[name] for name in _KEY], row.get("options"), rate], sort_keys=True)
+        key = json.dumps(
+            [setting, row.get("precision"), [row[name] for name in _KEY], row.get("options"), rate], sort_keys=True
+        )
         if key in seen:
             duplicates += 1
             if seen[key] != row.get("rate"):
@@ -248,6 +256,19 @@ def gather(rows: Iterable[Row]) -> Report:
     order = sorted(models, key=lambda setting: [(part is not None, part) for part in setting])
     machines = [row for row in ordered if row.get("kind") == "machine"]
     return Report([models[setting] for setting in order], machines, duplicates)
+
+
+def _run(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in (*_SETTING, "task", "seed"))
+
+
+def _fullest(rows: Iterable[Row]) -> dict[tuple[Any, ...], Any]:
+    """The precision in which each (task, seed) has most rows, of equal ones the first: one is measured in one."""
+    counts: dict[tuple[Any, ...], Counter[Any]] = {}
+    for row in rows:
+        if row.get("kind") == "result" and row.get("purpose") != "tune":
+            counts.setdefault(_run(row), Counter())[row.get("precision")] += 1
+    return {run: count.most_common(1)[0][0] for run, count in counts.items()}
 
 
 def method_name(row: Row) -> str:
