@@ -213,6 +213,7 @@ def test_a_task_and_seed_is_measured_in_one_precision(store: Path) -> None:
             rows.append({"kind": "result", **key, "method": method, "rank": rank, "rate": rate, "source_rate": None})
     narrow = replace(wanted, precision="bfloat16")
     assert final_jobs(narrow, rows) == {}
+    assert final_jobs(replace(wanted, build="other"), rows) == {}
     left = final_jobs(narrow, rows[1:])
     assert {(job.seed, job.precision) for job in left.values()} == {(0, "bfloat16")}
     assert left.keys() == final_jobs(replace(narrow, seeds=[0]), []).keys()

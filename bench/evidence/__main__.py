@@ -81,6 +81,7 @@ def _asked(given: Any) -> Asked:
         source_rank=given.source_rank, steps=given.steps or steps, batch=given.batch or batch,
         examples=given.examples, store=str(given.store), foreign=foreign, rate=given.rate,
         guess=given.guess, weights=base.weights, precision=choose_precision(base.device),
+        build=base.build,
     )  # fmt: skip
 
 

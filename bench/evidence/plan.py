@@ -10,7 +10,7 @@ from typing import Any
 from bench.evidence import methods
 from bench.evidence.rows import Row, like
 from bench.evidence.tune import GUESS, chosen_rate, next_rates
-from bench.evidence.work import KEY, PEFT, SETTING, Job
+from bench.evidence.work import KEY, LOCAL, PEFT, SETTING, Job
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ class Asked:
         rate: for every method, in place of the tuned ones.
         guess: where the search for a learning rate begins.
         weights: of the base model. Rows of others are not rows of this run.
-        precision: of the products in training and measuring. A task with one seed is measured in one precision as a
-            whole; where another machine has done that in another, it is done. Learning rates are of all precisions.
+        precision: of the products in training and measuring.
+        build: of what is trained before, on each machine anew: the digest of a tower, None where there is none. A task
+            with one seed is measured in one precision and with one build as a whole; where another machine has done
+            that with others, it is done. Learning rates are of all.
     """
 
     model: str
@@ -48,17 +50,22 @@ class Asked:
     guess: float = GUESS
     weights: str = ""
     precision: str = ""
+    build: str | None = None
 
 
 def final_jobs(asked: Asked, rows: Sequence[Row]) -> dict[str, Job]:
     """The jobs whose rows are missing, by a name that says what they are: all tasks of the first seed first."""
     jobs: dict[str, Job] = {}
-    precisions = {asked.precision, *(row["precision"] for row in rows if row.get("purpose") == "final")}
+    here = tuple(getattr(asked, name) for name in LOCAL)
+    machines = {here, *(tuple(row.get(name) for name in LOCAL) for row in rows if row.get("purpose") == "final")}
     for seed in asked.seeds:
         for task in asked.tasks:
-            missing = {p: _missing(replace(asked, precision=p), rows, task, seed) for p in precisions}
+            missing = {
+                local: _missing(replace(asked, **dict(zip(LOCAL, local, strict=True))), rows, task, seed)
+                for local in machines
+            }
             if all(missing.values()):
-                jobs |= missing[asked.precision]
+                jobs |= missing[here]
     return jobs
 
 
@@ -124,8 +131,8 @@ def _guess(asked: Asked, rows: Sequence[Row], method: str, rank: int) -> float:
 
 
 def _tuned(asked: Asked, rows: Sequence[Row]) -> list[Row]:
-    """Trials of learning rates for this model and budget, in any precision."""
-    setting = {name: getattr(asked, name) for name in SETTING if name != "precision"}
+    """Trials of learning rates for this model and budget, of any machine."""
+    setting = {name: getattr(asked, name) for name in SETTING}
     return like(rows, kind="result", purpose="tune", **setting)
 
 
@@ -179,7 +186,7 @@ def _job(
         model=asked.model, task=task, seed=seed, method=method, rank=rank, rate=rate, wanted=wanted,
         steps=asked.steps, batch=asked.batch, source_rank=asked.source_rank, purpose=purpose,
         examples=asked.examples, store=asked.store, weights=asked.weights, precision=asked.precision,
-        options=dict(asked.foreign.get(method, {})),
+        build=asked.build, options=dict(asked.foreign.get(method, {})),
     )  # fmt: skip
 
 
@@ -193,7 +200,7 @@ def _name(job: Job) -> str:
 
 def _done(rows: Sequence[Row], job: Job, wanted: tuple[str, int, float | None]) -> bool:
     method, rank, rate = wanted
-    same = [name for name in KEY if name != "precision" or job.purpose == "final"]
+    same = [name for name in KEY if name not in LOCAL or job.purpose == "final"]
     key: dict[str, Any] = {name: getattr(job, name) for name in same}
     key |= {"method": method, "rank": rank, "rate": rate}
     if methods.from_source(method):

@@ -30,8 +30,9 @@ CALIBRATION_BATCHES = 8
 EVALUATION_BATCH = 32
 SCALE = 2  # lora_alpha / r, at every rank
 PEFT = "peft:"
-SETTING = ("model", "steps", "batch", "source_rank", "weights", "precision")
-KEY = (*SETTING, "task", "seed", "purpose", "options")  # with method, rank and rate: what a row is a row of
+SETTING = ("model", "steps", "batch", "source_rank", "weights")
+LOCAL = ("precision", "build")  # what machines differ in: one of each for all rows of a task with one seed
+KEY = (*SETTING, *LOCAL, "task", "seed", "purpose", "options")  # with method, rank and rate: what a row is a row of
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Job:
         purpose: "final" measures on test data, "tune" on validation data.
         examples: how many of them.
         store: folder where the sources are kept, to go on from after a cut.
-        weights, precision: of the base model, and of the products.
+        weights: of the base model.
+        precision, build: of the products, and of what is trained before; see `Asked`.
         options: settings of PEFT's configuration.
     """
 
@@ -67,6 +69,7 @@ class Job:
     store: str
     weights: str
     precision: str
+    build: str | None
     options: Mapping[str, Any]
 
 
@@ -209,9 +212,17 @@ class _Work:
 
     def _kept(self) -> Path:
         job = self.job
-        name = "-".join(
-            map(str, (job.weights, job.precision, job.task, job.seed, f"{job.steps}x{job.batch}", job.rank, job.rate))
+        about = (
+            job.weights,
+            job.precision,
+            job.build,
+            job.task,
+            job.seed,
+            f"{job.steps}x{job.batch}",
+            job.rank,
+            job.rate,
         )
+        name = "-".join(map(str, about))
         safe = "".join(c if c.isalnum() or c in "-." else "_" for c in name)
         return Path(job.store) / f"{safe}.safetensors"
 

@@ -62,6 +62,10 @@ class Learner(Protocol):
     def weights(self) -> str:
         """What the base model's numbers are, in words that are the same wherever these numbers are."""
 
+    @property
+    def build(self) -> str | None:
+        """Digest of what is trained before, by each machine for itself and a little otherwise; None: nothing is."""
+
     def attach(self, config: Any, data: Data, seed: int) -> Any:
         """A PEFT model with a fresh adapter; the one before is taken off."""
 

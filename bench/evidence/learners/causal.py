@@ -31,6 +31,7 @@ class SmolLM2:
     task_type: str | None = "CAUSAL_LM"
     targets: Any = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     device = choose_device(None)
+    build: str | None = None
     packs = True  # whether padding is left out under plain LoRA; other methods may look at whole rows
 
     def __init__(self) -> None:

@@ -27,6 +27,7 @@ class MiniLM:
     task_type: str | None = "SEQ_CLS"
     targets: Any = r".*layer\.\d+\..*(query|key|value|dense)"
     device = choose_device(None)
+    build: str | None = None
 
     def __init__(self) -> None:
         self._lengths: dict[str, int] = {}

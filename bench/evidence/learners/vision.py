@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.evidence.data import Data, Example
 from bench.evidence.learners.base import Batch
 from bench.evidence.learners.causal import SmolLM2
-from bench.evidence.vlm import IMAGE_TOKENS, image_token_id, load_vlm, pixels, tiny_vlm, weights_digest
+from bench.evidence.vlm import IMAGE_TOKENS, image_token_id, load_vlm, pixels, tiny_vlm, weights_digest, weights_origin
 
 
 class Vision(SmolLM2):
@@ -25,6 +25,11 @@ class Vision(SmolLM2):
 
     @property
     def weights(self) -> str:
+        """See `Learner`."""
+        return weights_origin()
+
+    @property
+    def build(self) -> str | None:
         """See `Learner`."""
         return weights_digest()
 
@@ -63,6 +68,7 @@ class TinyVision(Vision):
     name = "tiny-vlm"
     device = torch.device("cpu")
     weights = "random"
+    build = None
 
     def _load(self) -> Any:
         return tiny_vlm()[0]

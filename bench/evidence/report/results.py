@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.evidence.methods import METHODS, SOURCE
 from bench.evidence.rows import Row, read_rows
+from bench.evidence.work import LOCAL
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.scores import aurac
 
@@ -57,7 +58,7 @@ class Results:
 
     Args:
         setting: model, steps, batch, source rank and the origin of the base model's weights.
-        cells: final rows by (task, seed), then by (method, rank); those of one (task, seed) have one precision.
+        cells: final rows by (task, seed), then by (method, rank); those of a (task, seed) have one precision and build.
         tuning: rows of learning rates tried.
     """
 
@@ -212,7 +213,7 @@ def read(paths: Sequence[Path]) -> Report:
     """Sort the rows of these files.
 
     Of rows with one key the first counts, by the time in the row, so that the order of files does not matter. A (task,
-    seed) that was begun in two precisions has the rows of the one in which it has most.
+    seed) that was begun with two precisions or builds has the rows of those with which it has most.
 
     Raises:
         LoraSqueezeError: a file that is not there, a result without one of the figures that are needed, or results of
@@ -237,13 +238,12 @@ def gather(rows: Iterable[Row]) -> Report:
         absent = [name for name in _NEEDED if row.get(name) is None]
         if absent:
             raise LoraSqueezeError(f"a result has no {', '.join(absent)}: {json.dumps(row)[:200]}")
-        if row["purpose"] != "tune" and row.get("precision") != kept[_run(row)]:
+        local = [row.get(name) for name in LOCAL]
+        if row["purpose"] != "tune" and local != kept[_run(row)]:
             continue
         setting = tuple(row.get(name) for name in _SETTING)
         rate = row.get("rate") if row["purpose"] == "tune" else None
-        key = json.dumps(
-            [setting, row.get("precision"), [row[name] for name in _KEY], row.get("options"), rate], sort_keys=True
-        )
+        key = json.dumps([setting, local, [row[name] for name in _KEY], row.get("options"), rate], sort_keys=True)
         if key in seen:
             duplicates += 1
             if seen[key] != row.get("rate"):
@@ -262,13 +262,13 @@ def _run(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in (*_SETTING, "task", "seed"))
 
 
-def _fullest(rows: Iterable[Row]) -> dict[tuple[Any, ...], Any]:
-    """The precision in which each (task, seed) has most rows, of equal ones the first: one is measured in one."""
+def _fullest(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Any]]:
+    """The precision and build with which each (task, seed) has most rows, of equal ones the first."""
     counts: dict[tuple[Any, ...], Counter[Any]] = {}
     for row in rows:
         if row.get("kind") == "result" and row.get("purpose") != "tune":
-            counts.setdefault(_run(row), Counter())[row.get("precision")] += 1
-    return {run: count.most_common(1)[0][0] for run, count in counts.items()}
+            counts.setdefault(_run(row), Counter())[tuple(map(row.get, LOCAL))] += 1
+    return {run: list(count.most_common(1)[0][0]) for run, count in counts.items()}
 
 
 def method_name(row: Row) -> str:

@@ -42,8 +42,16 @@ def load_vlm() -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def weights_origin() -> str:
+    """What the weights are made from: language model and recipe."""
+    from lora_squeeze.demo.model import find_model
+
+    origin = find_model().origin
+    return f"{origin}, vlm {RECIPE.tag(origin)}"
+
+
 def weights_digest() -> str:
     """Tower and projector, which are made first if they are missing, by their SHA-256: processors round differently."""
     from bench.evidence.vlm.build import WEIGHTS, built
 
-    return f"vlm {hashlib.sha256((built(partial(print, flush=True)) / WEIGHTS).read_bytes()).hexdigest()[:12]}"
+    return hashlib.sha256((built(partial(print, flush=True)) / WEIGHTS).read_bytes()).hexdigest()[:12]
