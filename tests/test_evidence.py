@@ -152,8 +152,8 @@ def test_several_seeds_come_seed_by_seed(store: Path) -> None:
 
 
 def test_rates_are_walked_to_the_best_on_validation_data(store: Path) -> None:
-    """The loss of a made-up run is lowest at 3e-3, but for rank 1 at 1e-2."""
-    best = {8: 3e-3, 4: 3e-3, 1: 1e-2}
+    """The best rate of a made-up run rises as the rank falls."""
+    best = {8: 1e-3, 4: 1e-2, 1: 3e-2}
     found: list[Row] = []
     wanted = asked(store, methods=["direct", "cont"], rate=None)
     for _ in range(20):
@@ -172,8 +172,9 @@ def test_rates_are_walked_to_the_best_on_validation_data(store: Path) -> None:
         raise AssertionError("the search does not end")
     for rank, rate in best.items():
         assert chosen_rate(found, "direct", rank) == rate
-    tried = {row["rate"] for row in like(found, method="direct", rank=1)}
-    assert tried == {1e-3, 3e-3, 1e-2, 3e-2}  # about the best of the source, then one beyond the best
+    tried = {rank: {row["rate"] for row in like(found, method="direct", rank=rank)} for rank in RANKS}
+    assert tried[4] == {3e-4, 1e-3, 3e-3, 1e-2, 3e-2}  # about the best of the source, then one beyond the best
+    assert tried[1] == {3e-3, 1e-2, 3e-2, 1e-1}  # about the best of rank 4
     final = final_jobs(wanted, found)
     assert {(job.rank, job.rate) for job in final.values() if job.method == "direct"} == set(best.items())
 

@@ -81,21 +81,35 @@ def _missing(asked: Asked, rows: Sequence[Row], task: str, seed: int) -> dict[st
 def tuning_jobs(asked: Asked, rows: Sequence[Row]) -> dict[str, Job]:
     """The next learning rates to try, of all methods and ranks; none when all are found.
 
-    The others wait for the source: its rate is where they begin, and what cont goes on from.
+    The others wait for the source, whose rate is what cont goes on from. A search begins at the rate of the rank above,
+    at first at that of the source: it waits until that is known.
     """
     mine = _tuned(asked, rows)
     jobs: dict[str, Job] = {}
-    waiting = False
+    source = methods.SOURCE, asked.source_rank
+    source_rate: float | None = asked.guess
+    known: dict[str, float] = {}  # rate of the rank above, by method
+    searched: set[str] = set()
     for method, rank in _arms(asked):
-        if waiting and not method.startswith(PEFT):
-            continue
+        alone = (method, rank) == source or method.startswith(PEFT)
         tried = [row for row in like(mine, method=method, rank=rank) if row["task"] in asked.tasks]
-        rates = next_rates(tried, _guess(asked, mine, method, rank)) or sorted({float(row["rate"]) for row in tried})
-        for rate, task, seed in itertools.product(rates, asked.tasks, asked.seeds):
-            job = _tuning_job(asked, mine, task, seed, method, rank, rate)
-            if not _done(rows, job, job.wanted[0]):
-                _add(jobs, job)
-        waiting = waiting or ((method, rank) == (methods.SOURCE, asked.source_rank) and bool(jobs))
+        if not alone and (source_rate is None or (method in searched and not tried)):
+            continue
+        guess = asked.guess if alone or source_rate is None else known.get(method, source_rate)
+        rates = next_rates(tried, guess) or sorted({float(row["rate"]) for row in tried})
+        trials = [
+            _tuning_job(asked, mine, task, seed, method, rank, rate)
+            for rate, task, seed in itertools.product(rates, asked.tasks, asked.seeds)
+        ]
+        missing = [job for job in trials if not _done(rows, job, job.wanted[0])]
+        for job in missing:
+            _add(jobs, job)
+        if missing:
+            searched.add(method)
+        else:
+            known[method] = chosen_rate(tried, method, rank)
+        if (method, rank) == source:
+            source_rate = known.get(method)
     return jobs
 
 
@@ -120,14 +134,6 @@ def _arms(asked: Asked) -> Iterator[tuple[str, int]]:
 
 def _has_source(asked: Asked) -> bool:
     return any(method == methods.SOURCE or methods.from_source(method) for method in asked.methods)
-
-
-def _guess(asked: Asked, rows: Sequence[Row], method: str, rank: int) -> float:
-    """The best rate of the source, once it is known."""
-    if (method, rank) == (methods.SOURCE, asked.source_rank) or method.startswith(PEFT):
-        return asked.guess
-    known = like(rows, method=methods.SOURCE, rank=asked.source_rank)
-    return chosen_rate(known, methods.SOURCE, asked.source_rank) if known else asked.guess
 
 
 def _tuned(asked: Asked, rows: Sequence[Row]) -> list[Row]:
