@@ -80,7 +80,8 @@ def test_a_lora_against_itself_costs_the_same() -> None:
     row = Bench("tiny").row(lora(8))
     assert row["lora_rank"] == 8
     for name in ("numbers", "saved_bytes", "saved_in_layers_bytes", "copies_bytes", "state_bytes", "file_bytes"):
-        assert row[name] == row[f"lora_{name}"] > 0, name
+        assert row[name] == row[f"lora_{name}"], name
+        assert row[name] > 0 or name == "copies_bytes", name  # in float32 no weight is copied
     numbers = row["numbers"]
     assert 2 * numbers * FLOAT <= row["state_bytes"] <= 2.01 * numbers * FLOAT
     assert row["frozen_bytes"] == 0

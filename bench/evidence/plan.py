@@ -192,7 +192,7 @@ def _job(
         model=asked.model, task=task, seed=seed, method=method, rank=rank, rate=rate, wanted=wanted,
         steps=asked.steps, batch=asked.batch, source_rank=asked.source_rank, purpose=purpose,
         examples=asked.examples, store=asked.store, weights=asked.weights, precision=asked.precision,
-        build=asked.build, options=dict(asked.foreign.get(method, {})),
+        build=asked.build, options=dict(asked.foreign.get(method, {})), packs=not asked.foreign,
     )  # fmt: skip
 
 

@@ -52,6 +52,7 @@ class Job:
         weights: of the base model.
         precision, build: of the products, and of what is trained before; see `Asked`.
         options: settings of PEFT's configuration.
+        packs: whether plain LoRA goes without padding, which takes less time and memory.
     """
 
     model: str
@@ -69,8 +70,9 @@ class Job:
     store: str
     weights: str
     precision: str
-    build: str | None
     options: Mapping[str, Any]
+    build: str | None = None
+    packs: bool = False
 
 
 def work(job: Job) -> list[Row]:
@@ -82,6 +84,7 @@ class _Work:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.learner: Learner = learner(job.model)
+        self.learner.packs = job.packs
         self.data: Data = tasks.load(job.task)
         part = {"tune": "validation", "final": "test"}[job.purpose]
         measured = self.learner.usable(self.data, getattr(self.data, part))[: job.examples]

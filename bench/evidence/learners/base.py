@@ -57,6 +57,7 @@ class Learner(Protocol):
     device: torch.device
     targets: Any  # PEFT's target_modules for plain LoRA
     task_type: str | None
+    packs: bool  # whether padding is left out under plain LoRA, where the model can; others may look at whole rows
 
     @property
     def weights(self) -> str:

@@ -23,8 +23,8 @@ IGNORED = -100
 class SmolLM2:
     """SmolLM2-135M-Instruct.
 
-    Every example has one shape: the prompt is padded on the left and the answer on the right. Plain LoRA sees the
-    examples of a batch one after another, without the padding; only the logits of the answers are computed.
+    Every example has one shape: the prompt is padded on the left and the answer on the right. With `packs`, plain
+    LoRA sees the examples of a batch one after another without padding. Only the answers' logits are computed.
     """
 
     name = "smollm2"
@@ -32,7 +32,7 @@ class SmolLM2:
     targets: Any = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     device = choose_device(None)
     build: str | None = None
-    packs = True  # whether padding is left out under plain LoRA; other methods may look at whole rows
+    packs = False
 
     def __init__(self) -> None:
         self._base: Any = None
@@ -133,12 +133,15 @@ class SmolLM2:
         before = torch.zeros_like(batch["mask"], dtype=torch.bool)
         before[:, -answers.shape[1] - 1 : -1] = answers
         with autocast(self.device, choose_precision(self.device)):
-            if self.packs and is_plain(model):
+            if self._packed(model):
                 found: Tensor = model(**pack(batch["ids"], batch["mask"], before), use_cache=False).logits[0]
             else:
                 columns = torch.arange(before.shape[1], device=before.device)[-answers.shape[1] - 1 : -1]
                 found = model(**self.inputs(batch), logits_to_keep=columns, use_cache=False).logits[answers]
         return found.float()
+
+    def _packed(self, model: nn.Module) -> bool:
+        return self.packs and is_plain(model)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """See `Learner`."""

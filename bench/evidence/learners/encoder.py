@@ -28,6 +28,7 @@ class MiniLM:
     targets: Any = r".*layer\.\d+\..*(query|key|value|dense)"
     device = choose_device(None)
     build: str | None = None
+    packs = False  # without effect
 
     def __init__(self) -> None:
         self._lengths: dict[str, int] = {}

@@ -20,7 +20,6 @@ class Vision(SmolLM2):
     """A small tower, pre-trained here, and SmolLM2; see bench/evidence/vlm."""
 
     name = "vlm"
-    packs = False  # pictures belong to rows, and their tokens are of one number
     targets: Any = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
     @property
@@ -56,6 +55,10 @@ class Vision(SmolLM2):
         if len(images) < len(examples):
             raise SystemExit(f"the task {data.name} has examples without a picture: a text model learns those")
         return {**super()._batch(data, examples), "pixels": pixels(images).to(self.device)}
+
+    def _packed(self, model: Any) -> bool:
+        """Never: pictures belong to rows."""
+        return False
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """See `Learner`."""
