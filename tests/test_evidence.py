@@ -126,7 +126,7 @@ def test_the_order_of_the_data_depends_on_the_seed_alone() -> None:
 
 
 def test_a_source_that_is_kept_is_not_trained_again(rows: list[Row], store: Path) -> None:
-    jobs = final_jobs(asked(store), rows[:2])
+    jobs = final_jobs(asked(store, foreign={"peft:LOHA": {"r": 4}}), rows[:2])
     job = next(job for job in jobs.values() if job.method == "direct" and job.rank == 8)
     again = work(replace(job, wanted=(("post", 4, None),)))[0]
     before = like(rows, method="post", rank=4)[0]
