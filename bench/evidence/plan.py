@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.evidence import methods
-from bench.evidence.rows import Row, like
+from bench.evidence.rows import LOCAL, SETTING, Row, like
 from bench.evidence.tune import GUESS, chosen_rate, next_rates
-from bench.evidence.work import KEY, LOCAL, PEFT, SETTING, Job
+from bench.evidence.work import KEY, PEFT, Job
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+SETTING = ("model", "steps", "batch", "source_rank", "weights")  # what rows that are compared have in common
+LOCAL = ("precision", "build")  # what machines differ in: one of each for all rows of a task with one seed
 
 
 def read_rows(paths: Iterable[Path]) -> list[Row]:

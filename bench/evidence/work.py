@@ -21,7 +21,7 @@ from bench.evidence.data import Data
 from bench.evidence.learners import learner
 from bench.evidence.learners.base import Batch, Learner
 from bench.evidence.loop import Spent, evaluate, order, train
-from bench.evidence.rows import Row
+from bench.evidence.rows import LOCAL, SETTING, Row
 from bench.evidence.saved import configuration, saved
 from lora_squeeze.methods.adapters.queryable_lora import fix_routes
 from lora_squeeze.training.ask import calibrate
@@ -30,8 +30,6 @@ CALIBRATION_BATCHES = 8
 EVALUATION_BATCH = 32
 SCALE = 2  # lora_alpha / r, at every rank
 PEFT = "peft:"
-SETTING = ("model", "steps", "batch", "source_rank", "weights")
-LOCAL = ("precision", "build")  # what machines differ in: one of each for all rows of a task with one seed
 KEY = (*SETTING, *LOCAL, "task", "seed", "purpose", "options")  # with method, rank and rate: what a row is a row of
 
 
@@ -219,6 +217,7 @@ class _Work:
             job.weights,
             job.precision,
             job.build,
+            job.packs,
             job.task,
             job.seed,
             f"{job.steps}x{job.batch}",

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.evidence.methods import METHODS, SOURCE
-from bench.evidence.rows import Row, read_rows
-from bench.evidence.work import LOCAL
+from bench.evidence.rows import LOCAL, SETTING, Row, read_rows
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.scores import aurac
 
@@ -22,7 +21,6 @@ Arm = tuple[str, int]  # method, rank; rank 0 where a method has none
 Run = tuple[str, int]  # task, seed
 _KEY = ("task", "method", "rank", "seed", "purpose")
 _NEEDED = (*_KEY, "model", "loss", "accuracy")
-_SETTING = ("model", "steps", "batch", "source_rank", "weights")
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Results:
     @property
     def title(self) -> str:
         """The model and its budget."""
-        steps, batch, rank = (self.setting[name] for name in _SETTING[1:4])
+        steps, batch, rank = (self.setting[name] for name in SETTING[1:4])
         budget = f"{steps} steps" + (f" of {batch} examples" if batch is not None else "")
         parts = [self.name, *([budget] if steps is not None else []), *([f"source rank {rank}"] if rank else [])]
         precisions = {str(p) for cell in self.cells.values() for row in cell.values() if (p := row.get("precision"))}
@@ -241,7 +239,7 @@ def gather(rows: Iterable[Row]) -> Report:
         local = [row.get(name) for name in LOCAL]
         if row["purpose"] != "tune" and local != kept[_run(row)]:
             continue
-        setting = tuple(row.get(name) for name in _SETTING)
+        setting = tuple(row.get(name) for name in SETTING)
         rate = row.get("rate") if row["purpose"] == "tune" else None
         key = json.dumps([setting, local, [row[name] for name in _KEY], row.get("options"), rate], sort_keys=True)
         if key in seen:
@@ -250,7 +248,7 @@ def gather(rows: Iterable[Row]) -> Report:
                 raise LoraSqueezeError(f"results of one arm with two learning rates; leave one out: {key}")
         else:
             seen[key] = row.get("rate")
-            _put(models.setdefault(setting, Results(dict(zip(_SETTING, setting, strict=True)))), row)
+            _put(models.setdefault(setting, Results(dict(zip(SETTING, setting, strict=True)))), row)
     for results in models.values():
         _refuse_mixed(results)
     order = sorted(models, key=lambda setting: [(part is not None, part) for part in setting])
@@ -259,7 +257,7 @@ def gather(rows: Iterable[Row]) -> Report:
 
 
 def _run(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in (*_SETTING, "task", "seed"))
+    return tuple(row.get(name) for name in (*SETTING, "task", "seed"))
 
 
 def _fullest(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Any]]:
