@@ -6,7 +6,7 @@ The run uses the real model of 135 million parameters, from the hub's cache or f
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -288,5 +288,5 @@ def test_second_run_trains_nothing_and_finds_the_same(run) -> None:  # type: ign
     before = weights.stat().st_mtime_ns
     again = run_demo(run.output, device="cpu", steps=3, held_out=8, ranks=(2,))
     assert again.reused and weights.stat().st_mtime_ns == before
-    assert (again.base.score, again.source.score) == (run.base.score, run.source.score)
-    assert again.squeezed[0].score == run.squeezed[1].score
+    for new, old in ((again.base, run.base), (again.source, run.source), (again.squeezed[0], run.squeezed[1])):
+        assert astuple(new.score) == pytest.approx(astuple(old.score), rel=1e-5)  # sums of float32, in any order
