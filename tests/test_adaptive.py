@@ -402,7 +402,7 @@ def test_rounding_in_the_sums_of_a_curve_is_no_error() -> None:
         ({"every": 0}, "every must be at least 1 step, got 0"),
         ({"deadline": 0}, "deadline must be from 1 to the 100 steps, got 0"),
         ({"deadline": 101}, "deadline must be from 1 to the 100 steps, got 101"),
-        ({"allocate": "each"}, "a budget cannot be allocated 'each': choose 'global' or 'uniform'"),
+        ({"allocate": "each"}, "allocate must be one of uniform, global, got 'each'"),
     ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, Any], text: str) -> None:

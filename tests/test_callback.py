@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft_models import seeded
 from training_cases import SOURCE, STEPS, TARGET, Counting, adamw, model, small_llama
 from transformers import (
@@ -25,7 +26,9 @@ from transformers import (
 import lora_squeeze
 from lora_squeeze import LoraSqueezeError
 from lora_squeeze.training.callback import SqueezeCallback
+from lora_squeeze.training.inplace import squeeze_
 from lora_squeeze.training.live import live_modules
+from lora_squeeze.training.statistics import Statistics
 
 
 class Tracker(TrainerCallback):
@@ -116,6 +119,15 @@ def test_trackers_receive_ranks_energy_and_the_loss_jump(tmp_path: Path) -> None
     assert [e["squeeze/rank"] for e in run.state.log_history if "squeeze/rank" in e] == [4, 2]
 
 
+def test_trackers_receive_no_loss_where_the_model_tells_none(tmp_path: Path) -> None:
+    """With label smoothing the Trainer keeps the labels, and computes the loss itself."""
+    tracker, callback = Tracker(), SqueezeCallback(TARGET)
+    trainer(tmp_path, callback, before=[tracker], label_smoothing_factor=0.1).train()
+    told = [entry for entry in tracker.told if "squeeze/rank" in entry]
+    assert len(told) == 2
+    assert not any("loss_before" in key or "loss_after" in key for entry in (*told, *callback.history) for key in entry)
+
+
 def test_the_loss_is_measured_on_the_last_batch(tmp_path: Path) -> None:
     """Without dropout and with one batch of data, the loss after the squeeze is the one that the next step has."""
 
@@ -156,6 +168,59 @@ def test_resumed_training_is_bit_identical(tmp_path: Path, stop: int, options: d
     assert isinstance(other, SqueezeCallback)
     ranks = [[entry["rank"] for entry in found.history] for found in (other, callback)]
     assert ranks[0] == ranks[1], "the history is that of the whole run"
+
+
+class Interruption(TrainerCallback):
+    """Ends the training once, after a number of steps."""
+
+    def __init__(self, step: int, error: BaseException) -> None:
+        self.step, self.error = step, error
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.step = -1
+            raise self.error
+
+
+@pytest.mark.parametrize("options", [{}, {"data_aware": True}], ids=str)
+@pytest.mark.parametrize("way", ["same trainer", "new trainer"])
+def test_an_interrupted_run_goes_on_in_the_same_process(tmp_path: Path, way: str, options: dict[str, Any]) -> None:
+    """Interrupted at rank 4, taken up at rank 8; nothing of the first run listens any more."""
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    whole = trainer(tmp_path / "whole", SqueezeCallback(TARGET, **options), **saving)
+    whole.train()
+    network, stop = model(), Interruption(5, KeyboardInterrupt())
+    run = trainer(tmp_path / "again", SqueezeCallback(TARGET, **options), network, before=[stop], **saving)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    if way == "new trainer":
+        run = trainer(tmp_path / "again", SqueezeCallback(TARGET, **options), network, **saving)
+    run.train(resume_from_checkpoint=True)
+    for key, value in weights(whole.model).items():
+        assert torch.equal(value, weights(run.model)[key]), key
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks")
+    for name, module in run.model.named_modules():
+        assert [len(getattr(module, kind)) for kind in hooks] == [
+            len(getattr(whole.model.get_submodule(name), kind)) for kind in hooks
+        ], name
+
+
+def test_a_run_that_begins_anew_with_smaller_batches_is_squeezed(tmp_path: Path) -> None:
+    stop = Interruption(2, torch.cuda.OutOfMemoryError("CUDA out of memory."))
+    callback = SqueezeCallback(TARGET, data_aware=True)
+    run = trainer(tmp_path, callback, before=[stop], auto_find_batch_size=True)
+    run.train()
+    assert [(e["step"], e["rank"]) for e in callback.history] == [(4, 4), (8, 2)]
+
+
+def test_a_callback_that_serves_again_forgets_its_first_training(tmp_path: Path) -> None:
+    callback = SqueezeCallback(TARGET)
+    trainer(tmp_path / "a", callback).train()
+    network = get_peft_model(seeded(small_llama), LoraConfig(r=SOURCE, target_modules=["q_proj"]), adapter_name="other")
+    run = trainer(tmp_path / "b", callback, network.train())
+    run.train()
+    assert [(e["adapter"], e["step"], e["rank"]) for e in callback.history] == [("other", 4, 4), ("other", 8, 2)]
+    assert any("squeeze/rank" in entry for entry in run.state.log_history)
 
 
 def test_resume_with_restored_callback_states(tmp_path: Path) -> None:
@@ -255,9 +320,16 @@ def test_another_schedule_on_resume_is_refused_before_the_first_step(tmp_path: P
     assert resumed.state.global_step == 6
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"data_aware": True}, {"data_aware": True, "in_place": "mask"}, {"mode": "adaptive", "loss": 9.0, "every": 8}],
+    ids=str,
+)
 @pytest.mark.parametrize("best", [2, 6])
-def test_the_best_checkpoint_is_squeezed_at_the_end(tmp_path: Path, best: int) -> None:
-    """The best one has a higher rank than the last one; it is loaded, then squeezed to the target."""
+def test_the_best_checkpoint_is_squeezed_at_the_end(tmp_path: Path, best: int, options: dict[str, Any]) -> None:
+    """The best one has a higher rank than the last one; it is loaded, then squeezed to the target: with the statistics
+    of its own step.
+    """
     scores = iter([1.0 if step == best else 2.0 for step in range(2, 13, 2)])
 
     class Scored(Trainer):
@@ -267,18 +339,25 @@ def test_the_best_checkpoint_is_squeezed_at_the_end(tmp_path: Path, best: int) -
             return metrics
 
     run = trainer(
-        tmp_path, SqueezeCallback(TARGET), load_best_model_at_end=True, save_strategy="steps", eval_strategy="steps",
-        save_steps=2, eval_steps=2, metric_for_best_model="eval_loss",
+        tmp_path, SqueezeCallback(TARGET, **options), load_best_model_at_end=True, save_strategy="steps",
+        eval_strategy="steps", save_steps=2, eval_steps=2, metric_for_best_model="eval_loss",
     )  # fmt: skip
     run.__class__ = Scored
     run.train()
     checkpoint = tmp_path / f"checkpoint-{best}"
     assert run.state.best_model_checkpoint == str(checkpoint)
-    assert widths(run.model) == {TARGET}
-    expected = lora_squeeze.load(checkpoint).squeeze(rank=TARGET)
-    for module in live_modules(run.model, "default"):
-        distance = float(module.update().distance(expected.update(module.name)))
-        assert distance < 1e-5, module.name
+    network = PeftModel.from_pretrained(seeded(small_llama), str(checkpoint), is_trainable=True)
+    how: dict[str, Any] = {"rank": TARGET}
+    if options.get("data_aware"):
+        statistics = Statistics(network, "default")
+        statistics.load_state_dict(torch.load(checkpoint / "squeeze_statistics.pt")["default"])
+        how["moments"] = statistics.moments()
+    if "loss" in options:
+        how = {"params": sum(m.cost * TARGET for m in live_modules(network, "default"))}
+    squeeze_(network, **how)
+    for mine, expected in zip(live_modules(run.model, "default"), live_modules(network, "default"), strict=True):
+        assert mine.width == expected.width
+        assert float(mine.update().distance(expected.update())) < 1e-5, mine.name
 
 
 def test_early_stopping_ends_at_the_target(tmp_path: Path) -> None:
@@ -354,10 +433,17 @@ def test_torch_compile_in_the_trainer(tmp_path: Path) -> None:
     [
         (lambda: SqueezeCallback(2, squeeze=3), r"no option 'squeeze' with mode 'in'; there are .*squeezes"),
         (lambda: SqueezeCallback(2, mode="adaptive", steps="equal"), r"no option 'steps' with mode 'adaptive'"),
+        (lambda: SqueezeCallback(2.0), r"rank must be a whole number, got 2.0"),  # type: ignore[arg-type]
+        (lambda: SqueezeCallback("2"), r"rank must be a whole number, got '2'"),  # type: ignore[arg-type]
+        (lambda: SqueezeCallback(2, allocate="each"), r"allocate must be one of uniform, global, got 'each'"),
+        (lambda: SqueezeCallback(2, mode="adaptive", allocate="x"), r"must be .*got 'x'"),  # type: ignore[arg-type]
         (lambda: SqueezeCallback(2, mode="never"), r"mode must be one of post, cont, in, adaptive, got 'never'"),
     ],
 )
-def test_unknown_options_are_refused_at_once(make: Callable[[], Any], message: str) -> None:
+def test_unknown_options_are_refused_at_once(
+    make: Callable[[], Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # types are checked in this suite alone
     with pytest.raises(LoraSqueezeError, match=message):
         make()
 

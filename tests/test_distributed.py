@@ -95,6 +95,8 @@ def test_the_trainer_under_ddp_ends_with_a_small_adapter(folder: Path) -> None:
     assert first["updates"] == second["updates"]
     assert first["widths"] == [TARGET]
     assert [e["rank"] for e in first["history"]] == [4, 2]
+    for key in ("loss_before", "loss_after"):
+        assert [e[key] for e in first["history"]] == [e[key] for e in second["history"]], "the mean over both"
     saved = lora_squeeze.load(folder / "trainer" / "final")
     assert saved.rank == TARGET
     for name, dense in first["updates"].items():

@@ -211,6 +211,15 @@ def test_directions_that_cannot_learn_are_revived() -> None:
     assert all(bool(m.B.any()) for m in live_modules(model, "default"))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_no_more_ranks_are_told_than_a_small_layer_has_directions(way: str) -> None:
+    net = nn.ModuleDict({"wide": nn.Linear(32, 32), "narrow": nn.Linear(32, 4)})
+    model = get_peft_model(net, LoraConfig(r=8, target_modules=["wide", "narrow"], init_lora_weights=False))
+    done = squeeze_(model, 6, in_place=way)
+    assert done.ranks == {m.name: m.rank() for m in live_modules(model, "default")} == {"wide": 6, "narrow": 4}
+    assert done.parameters_after == 6 * (32 + 32) + 4 * (32 + 4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_factors_stay_in_their_dtype(dtype: torch.dtype) -> None:
     case = CASES["linear"]
@@ -337,16 +346,21 @@ def test_random_state_is_not_touched() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_room_is_made_for_other_ranks() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_room_is_made_for_other_ranks(frozen: bool) -> None:
+    """Also in the optimiser for what is frozen for a while."""
     model = trainable("convolutions")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for module in live_modules(model, "default"):
+        module.A.requires_grad_(not frozen)
     names = [m.name for m in live_modules(model, "default")]
     scales = [m.scale for m in live_modules(model, "default")]
     make_room(model, {names[0]: 3, names[1]: 9}, optimizer=optimizer)
     assert [m.width for m in live_modules(model, "default")] == [3, 9, 4, 4]
     assert [m.scale for m in live_modules(model, "default")] == scales
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert held == [id(p) for p in model.parameters() if p.requires_grad]
+    assert held == [id(p) for m in live_modules(model, "default") for p in (m.A, m.B)]
+    assert {m.A.requires_grad for m in live_modules(model, "default")} == {not frozen}
 
 
 class Strange(torch.optim.Optimizer):

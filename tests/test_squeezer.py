@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft_cases import CASES
 from peft_models import adapted, outputs, reload, save
 from training_cases import SOURCE, STEPS, TARGET, adamw, batch, model, train, trained_parameters
@@ -17,6 +19,7 @@ from training_cases import SOURCE, STEPS, TARGET, adamw, batch, model, train, tr
 from lora_squeeze import LoraSqueezeError
 from lora_squeeze.adaptive import Adaptive
 from lora_squeeze.schedule import Schedule, make_schedule
+from lora_squeeze.training.inplace import squeeze_
 from lora_squeeze.training.live import live_modules
 from lora_squeeze.training.squeezer import Squeezer
 
@@ -199,6 +202,46 @@ def test_adaptive_by_predicted_loss_waits_for_the_first_gradients(rests: int, to
     assert (widths(network) == {TARGET}) == (rests == 20)
 
 
+class Seldom(torch.nn.Module):
+    """A layer that sees every batch, and one that sees none without pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.picture = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, picture: torch.Tensor | None = None) -> torch.Tensor:
+        h: torch.Tensor = self.text(x)
+        return h if picture is None else h + self.picture(picture)
+
+
+@pytest.mark.parametrize("arrives", [9, 20])
+def test_adaptive_by_predicted_loss_waits_for_layers_that_the_data_have_not_reached(arrives: int) -> None:
+    """If none come until the deadline, after 16 steps, energy decides."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LoraConfig(r=SOURCE, target_modules=["text", "picture"], init_lora_weights=False)
+        network = get_peft_model(Seldom(), config)
+        x = torch.randn(32, 16)
+    optimizer = adamw(network)
+    squeezer = Squeezer(network, optimizer, Adaptive(TARGET, 20, loss=100.0, every=1))
+    for step in range(20):
+        network(x, x if step >= arrives else None).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        squeezer.step()
+    assert [entry["step"] for entry in squeezer.history] == [min(arrives + 1, 16)]
+    assert sum(m.cost * m.width for m in live_modules(network, "default")) <= squeezer.budgets[-1]
+
+
+@pytest.mark.parametrize("name", ["experts", "attention module"])
+def test_a_bound_on_the_loss_of_layers_without_statistics_is_refused(name: str) -> None:
+    network = adapted(CASES[name]).train()
+    with pytest.raises(
+        LoraSqueezeError, match=r"the loss increase cannot be predicted for this layer; bound the energy"
+    ):
+        Squeezer(network, adamw(network), Adaptive(1, 20, loss=0.1))
+
+
 def test_restarted_learning_rate_runs_the_whole_curve_per_stage() -> None:
     network = model()
     optimizer = adamw(network)
@@ -224,6 +267,70 @@ def test_a_rate_by_rank_rises_as_the_rank_falls() -> None:
         train(network, optimizer, squeezer, [step], scheduler)
     risen = [math.sqrt(8 / rank) for rank in (8, 4, 2) for _ in range(4)]
     assert rates == pytest.approx([(1 - step / 12) * factor for step, factor in enumerate(risen)])
+
+
+def rates_of(pairs: list[tuple[Any, Any]], optimizer: Any, scheduler: Any, steps: Iterable[int]) -> list[float]:
+    """The factors that the learning rate has in these steps; every network trains in each, and is squeezed."""
+    rates = []
+    for step in steps:
+        rates.append(optimizer.param_groups[0]["lr"] / 1e-2)
+        for network, _ in pairs:
+            network(**batch(step)).loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        for _, squeezer in pairs:
+            squeezer.step()
+    return rates
+
+
+@pytest.mark.parametrize("policy", ["restart", "rank"])
+def test_a_scheduler_follows_the_stages_once(policy: str) -> None:
+    """However many Squeezers share it, and after an interruption."""
+    schedule, expected = Schedule((8, 4, 2), (4, 4, 4)), [1 - step / 12 for step in range(12)]
+    if policy == "restart":
+        expected = expected[::3] * 3
+    else:
+        expected = [
+            rate * math.sqrt(8 / rank) for rate, rank in zip(expected, [8] * 4 + [4] * 4 + [2] * 4, strict=True)
+        ]
+    networks = [model(), model()]
+    optimizer = torch.optim.AdamW([p for network in networks for p in trained_parameters(network)], lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 12)
+
+    def squeezer(network: Any, **state: Any) -> Squeezer:
+        return Squeezer(network, optimizer, schedule, learning_rate=policy, scheduler=scheduler, **state)
+
+    first = [(network, squeezer(network)) for network in networks]
+    rates = rates_of(first, optimizer, scheduler, range(6))
+    again = [(network, squeezer(network, state=before.state_dict())) for network, before in first]
+    assert rates + rates_of(again, optimizer, scheduler, range(6, 12)) == pytest.approx(expected)
+    with pytest.raises(
+        LoraSqueezeError, match=r"the scheduler follows another schedule already, and .*'rank' needs it"
+    ):
+        Squeezer(networks[0], optimizer, Schedule((2, 1), (4, 8)), learning_rate="rank", scheduler=scheduler)
+
+
+@pytest.mark.parametrize("policy", ["restart", "rank"])
+def test_accelerates_scheduler_steps_once_per_process(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    found = []
+    for processes in (1, 2):
+        network = model()
+        optimizer = adamw(network)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step, n=processes: 1 - step / (12 * n))
+        prepared = Accelerator(cpu=True).prepare(network, optimizer, scheduler)
+        with monkeypatch.context() as patch:
+            for state in (PartialState, AcceleratorState):
+                patch.setitem(state._shared_state, "num_processes", processes)
+            squeezer = Squeezer(
+                *prepared[:2], Schedule((8, 4, 2), (4, 4, 4)), learning_rate=policy, scheduler=prepared[2]
+            )
+            found.append(rates_of([(prepared[0], squeezer)], prepared[1], prepared[2], range(12)))
+    assert found[0] == pytest.approx(found[1])
+    assert found[0][4] > found[0][3]
 
 
 def test_continued_learning_rate_is_not_touched() -> None:
@@ -299,6 +406,64 @@ def test_the_model_may_be_loaded_first() -> None:
     )
 
 
+def test_a_state_does_not_change_as_training_goes_on() -> None:
+    network = model()
+    optimizer = adamw(network)
+    squeezer = Squeezer(network, optimizer, in_squeeze())
+    state = squeezer.state_dict()
+    train(network, optimizer, squeezer, range(STEPS))
+    assert state["history"] == [] != squeezer.history
+
+
+def test_a_state_loaded_into_a_copy_of_the_model_leaves_the_model_alone() -> None:
+    network = model()
+    optimizer = adamw(network)
+    squeezer = Squeezer(network, optimizer, in_squeeze())
+    early = {key: value.clone() for key, value in network.state_dict().items()}
+    train(network, optimizer, squeezer, range(6))
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    other = copy.deepcopy(network)
+    other.load_state_dict(early)
+    assert (widths(network), widths(other)) == ({4}, {SOURCE})
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert [id(p) for p in held] == [id(p) for p in trained_parameters(network)]
+
+
+def test_a_new_squeezer_takes_the_place_of_an_interrupted_one() -> None:
+    """Nothing is left in the model of the old one, which would resize the layers for its own optimiser alone."""
+    network = model()
+    optimizer = adamw(network)
+    first = Squeezer(network, optimizer, in_squeeze(), data_aware=True)
+    early = {key: value.clone() for key, value in network.state_dict().items()}
+    train(network, optimizer, first, range(6))
+    optimizer = adamw(network)
+    second = Squeezer(network, optimizer, make_schedule(4, TARGET, STEPS), data_aware=True)
+    network.load_state_dict(early)
+    assert first.statistics is not None and not first.statistics._handles
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert [id(p) for p in held] == [id(p) for p in trained_parameters(network)]
+    second.close()
+    assert not network._load_state_dict_pre_hooks
+
+
+def test_a_model_loaded_without_its_statistics_is_squeezed_plainly() -> None:
+    network = model()
+    optimizer = adamw(network)
+    squeezer = Squeezer(network, optimizer, in_squeeze(), data_aware=True)
+    train(network, optimizer, squeezer, range(3))
+    early = {key: value.clone() for key, value in network.state_dict().items()}
+    train(network, optimizer, squeezer, range(3, 9))
+    network.load_state_dict(early)
+    with pytest.warns(UserWarning, match=r"4 layers have another rank than their statistics, \S+ 8 instead of 2"):
+        squeezer.finish()
+    expected = model()
+    expected.load_state_dict(early)
+    squeeze_(expected, TARGET)
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[key]), key
+
+
 def test_another_schedule_on_resume_is_refused() -> None:
     network = model()
     state = Squeezer(network, adamw(network), in_squeeze()).state_dict()
@@ -306,6 +471,18 @@ def test_another_schedule_on_resume_is_refused() -> None:
         LoraSqueezeError, match=r"another schedule: steps was \[4, 4, 4\] and is \[5, 5, 5\]; go on with the same"
     ):
         Squeezer(network, adamw(network), in_squeeze(15)).load_state_dict(state)
+
+
+def test_a_refused_state_changes_nothing() -> None:
+    network = model()
+    optimizer = adamw(network)
+    state = Squeezer(network, optimizer, in_squeeze()).state_dict()
+    hooks = dict(network._load_state_dict_pre_hooks)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 12)
+    curves = list(scheduler.lr_lambdas)
+    with pytest.raises(LoraSqueezeError, match="another schedule"):
+        Squeezer(network, optimizer, in_squeeze(15), state=state, learning_rate="rank", scheduler=scheduler)
+    assert scheduler.lr_lambdas == curves and network._load_state_dict_pre_hooks == hooks
 
 
 def test_gradient_accumulation_and_clipping_go_through_a_squeeze() -> None:
@@ -364,6 +541,49 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
     assert runs[0] == pytest.approx(runs[1], rel=1e-4)
 
 
+def test_a_scaled_loss_leaves_the_statistics_alone() -> None:
+    """A scaler that changes its scale on the way weighs all steps alike."""
+    found = []
+    for scaled in (False, True):
+        network = model()
+        optimizer = adamw(network)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2, enabled=scaled)
+        squeezer = Squeezer(network, optimizer, in_squeeze(), data_aware=True)
+        for step in range(6):
+            scaler.scale(network(**batch(step)).loss).backward()
+            scaler.step(optimizer)
+            scale = scaler.get_scale()
+            scaler.update()
+            optimizer.zero_grad()
+            squeezer.step(scale)
+        assert squeezer.statistics is not None
+        found.append(squeezer.statistics.moments())
+    for path, moments in found[0].items():
+        assert torch.allclose(found[1][path].F, moments.F, rtol=1e-3, atol=1e-3 * float(moments.F.abs().max()))
+
+
+def test_a_squeeze_is_not_under_autocast() -> None:
+    networks = [model(), model()]
+    for network, inside in zip(networks, (False, True), strict=True):
+        optimizer = adamw(network)
+        squeezer = Squeezer(network, optimizer, Adaptive(TARGET, 20, loss=100.0, every=4), in_place="mask")
+        train(network, optimizer, squeezer, range(3))
+        train(network, optimizer, None, [3])
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            assert squeezer.step() is not None
+            squeezer.finish()
+        assert squeezer.statistics is not None
+        network.told = (squeezer.history[0]["loss_predicted"], squeezer.statistics.moments(), optimizer.state_dict())
+    (one, moments, optimizer), (other, others, twin) = (network.told for network in networks)
+    assert one == other and moments.keys() == others.keys()
+    for path, item in moments.items():
+        assert torch.equal(item.C, others[path].C) and torch.equal(item.F, others[path].F)
+    for key, state in optimizer["state"].items():
+        assert all(torch.equal(value, twin["state"][key][name]) for name, value in state.items())
+    for key, value in networks[0].state_dict().items():
+        assert torch.equal(value, networks[1].state_dict()[key]), key
+
+
 def test_autocast_to_bfloat16_trains_on() -> None:
     network = model()
     optimizer = adamw(network)
@@ -400,8 +620,6 @@ def test_compiled_models_are_squeezed(way: str) -> None:
 
 
 def test_several_adapters_are_squeezed_on_their_own_schedules() -> None:
-    from peft import LoraConfig
-
     network = model()
     network.add_adapter("second", LoraConfig(r=6, lora_alpha=6, target_modules=["q_proj", "v_proj"]))
     network.base_model.set_adapter(["default", "second"])
@@ -415,6 +633,36 @@ def test_several_adapters_are_squeezed_on_their_own_schedules() -> None:
         second.step()
     assert widths(network) == {TARGET}
     assert {m.width for m in live_modules(network, "second")} == {3}
+
+
+@pytest.mark.parametrize("turns", ["adapters", "factors"])
+def test_what_is_trained_in_turn_goes_on_after_a_squeeze(turns: str) -> None:
+    """At a squeeze, whatever has no turn is frozen; the optimiser holds it all the same."""
+    network = model()
+    names = ["default"]
+    if turns == "adapters":
+        network.add_adapter("second", LoraConfig(r=SOURCE, lora_alpha=SOURCE, target_modules=["q_proj"]))
+        names.append("second")
+    factors = [p for key, p in network.named_parameters() if "lora_" in key]
+    optimizer = torch.optim.AdamW(factors, lr=1e-2)
+    squeezers = {name: Squeezer(network, optimizer, in_squeeze(), adapter=name) for name in names}
+    for step in range(STEPS):
+        turn = step % 2
+        if turns == "adapters":
+            network.set_adapter(names[turn])
+        else:
+            for key, p in network.named_parameters():
+                p.requires_grad_(f"lora_{'BA'[turn]}" in key)
+        live = [m for name in names for m in live_modules(network, name)]
+        moving = [p for m in live for p in (m.A, m.B) if p.requires_grad]
+        before = [p.detach().clone() for p in moving]
+        train(network, optimizer, None, [step])
+        assert not any(map(torch.equal, before, moving)), f"step {step + 1}"
+        for squeezer in squeezers.values():
+            squeezer.step()
+    assert all({m.width for m in live_modules(network, name)} == {TARGET} for name in names)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for key, p in network.named_parameters() if "lora_" in key}
 
 
 @pytest.mark.parametrize(
@@ -435,6 +683,7 @@ def test_several_adapters_are_squeezed_on_their_own_schedules() -> None:
         (Adaptive(2, 10), {"learning_rate": "restart"}, r"an adaptive schedule has none"),
         (Adaptive(2, 10), {"learning_rate": "rank"}, r"learning_rate='rank' needs .* an adaptive schedule has none"),
         (Schedule((8, 2), (5, 5)), {"learning_rate": "rank"}, r"'rank' needs a LambdaLR scheduler, got NoneType"),
+        (Schedule((8, 2), (5, 5)), {"allocate": "each"}, r"allocate must be one of uniform, global, got 'each'"),
         (Schedule((8, 2), (5, 5)), {"optimizer_state": "x"}, r"optimizer_state must be one of transport, reset"),
         (Schedule((8, 2), (5, 5)), {"in_place": "x"}, r"in_place must be one of auto, replace, mask"),
         (Schedule((8, 2), (5, 5)), {"adapter": "x"}, r"no adapter 'x' in the model"),

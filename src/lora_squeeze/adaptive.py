@@ -30,6 +30,7 @@ from fractions import Fraction
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.ranks import Allocation, Limits, Unit, price
 from lora_squeeze.ranks import choose as choose_ranks
+from lora_squeeze.schedule import check_allocation
 
 LEAST_SAVING = Fraction(1, 8)  # of the present parameters, before the deadline
 DEFAULT_ENERGY = 0.999
@@ -53,7 +54,7 @@ class Adaptive:
         allocate: "global" gives each module its own rank, "uniform" one rank to all.
 
     Raises:
-        LoraSqueezeError: a value out of range, or both energy and loss.
+        LoraSqueezeError: a value out of range, another allocation, or both energy and loss.
 
     Example:
         >>> plan = Adaptive(rank=2, total_steps=100)
@@ -86,8 +87,7 @@ class Adaptive:
             raise LoraSqueezeError(f"every must be at least 1 step, got {self.every}")
         if self.deadline is not None and not 1 <= self.deadline <= self.total_steps:
             raise LoraSqueezeError(f"deadline must be from 1 to the {self.total_steps} steps, got {self.deadline}")
-        if self.allocate == "each":
-            raise LoraSqueezeError("a budget cannot be allocated 'each': choose 'global' or 'uniform'")
+        check_allocation(self.allocate)
 
     @property
     def interval(self) -> int:

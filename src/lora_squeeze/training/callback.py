@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,7 @@ from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from lora_squeeze.adaptive import Adaptive
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.methods.callback import return_to_best, stored_states
 from lora_squeeze.ranks import Allocation
-from lora_squeeze.schedule import MODES, Schedule, make_schedule
+from lora_squeeze.schedule import MODES, Schedule, check_allocation, make_schedule
 from lora_squeeze.training.live import holder_of, trained_adapters
 from lora_squeeze.training.other_method import is_other, modules_of
 from lora_squeeze.training.resume import follow_loaded_ranks
@@ -95,6 +97,10 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         unknown = sorted(schedule.keys() - known)
         if unknown:
             raise LoraSqueezeError(f"no option {unknown[0]!r} with mode {mode!r}; there are {', '.join(sorted(known))}")
+        try:
+            rank = operator.index(rank)
+        except TypeError:
+            raise LoraSqueezeError(f"rank must be a whole number, got {rank!r}") from None
         self.rank, self.mode, self.adapter, self.schedule = rank, mode, adapter, schedule
         self.measure_loss = measure_loss
         self.options: dict[str, Any] = {
@@ -104,6 +110,7 @@ class SqueezeCallback(TrainerCallback, ExportableState):
             "in_place": in_place,
         }
         self.allocate: Allocation = allocate or ("global" if mode == "adaptive" else "uniform")
+        check_allocation(self.allocate)
         self.saved: dict[str, Any] | None = None
         self.squeezers: dict[str, Squeezer] = {}
         self._following: list[RemovableHandle] = []
@@ -150,11 +157,12 @@ class SqueezeCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Make the schedule, or take it up again."""
         self._stop_following()
+        self._leave()
         stored = [one["attributes"]["saved"] or {} for one in stored_states(state, type(self))]
         saved = {name: last for one in stored for name, last in one.items()} or self.saved or {}
         checkpoint = _resumed_from(args, state)
         if self.measure_loss:
-            self._batch = _LastBatch(model)
+            self._batch = _LastBatch(model, self.adapter)
         for name in self._adapters(model):
             resumed = saved.get(name) if state.global_step else None
             if resumed and (found := _statistics_of(checkpoint, name)):
@@ -220,7 +228,9 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         for name, squeezer in self.squeezers.items():
             return_to_best(args, state, holder_of(squeezer.model), name)
             if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-                _warn_of_another_method(squeezer.model, name, Path(state.best_model_checkpoint))
+                best = Path(state.best_model_checkpoint)
+                _warn_of_another_method(squeezer.model, name, best)
+                _take_statistics(squeezer, _statistics_of(best, name))
             if squeezer.finish() is not None:
                 self._note(squeezer)
         if self._pending:
@@ -256,12 +266,26 @@ class SqueezeCallback(TrainerCallback, ExportableState):
             handle.remove()
         self._following = []
 
+    def _leave(self) -> None:
+        """Forget a run that was interrupted, or is over."""
+        for squeezer in self.squeezers.values():
+            squeezer.close()
+        if self._batch is not None:
+            self._batch.close()
+        self.squeezers, self._batch, self._pending = {}, None, {}
+
 
 class _LastBatch:
-    """The inputs of the model's last training forward pass, to measure the loss on before and after a squeeze."""
+    """The inputs of the model's last training forward pass, to measure the loss on before and after a squeeze.
 
-    def __init__(self, model: nn.Module) -> None:
+    One that an interrupted run has left with the same model and adapter is closed.
+    """
+
+    def __init__(self, model: nn.Module, adapter: str | None) -> None:
         self._model: nn.Module = holder_of(model)
+        if (before := _BATCHES.get((id(self._model), adapter))) is not None:
+            before.close()
+        _BATCHES[id(self._model), adapter] = self
         self._inputs: dict[str, Any] | None = None
         self._hook = self._model.register_forward_pre_hook(self._keep, with_kwargs=True)
 
@@ -270,10 +294,10 @@ class _LastBatch:
             # Without the number of items, by which a share of an accumulated batch is divided, it is the plain mean.
             self._inputs = {key: value for key, value in kwargs.items() if key != "num_items_in_batch"}
 
-    def loss(self) -> Tensor:
-        """The loss on it, the mean over the labels; not a number where the model tells none."""
+    def loss(self) -> Tensor | None:
+        """The loss on it, the mean over the labels; None where the model tells none."""
         if self._inputs is None:
-            return torch.tensor(torch.nan)
+            return None
         outputs = self._model(**self._inputs)
         if getattr(outputs, "loss", None) is not None:
             loss: Tensor = outputs.loss
@@ -281,12 +305,15 @@ class _LastBatch:
         if getattr(outputs, "log_probs", None) is not None:  # TRL asks the model for these instead of a loss
             likelihood: Tensor = outputs.log_probs.sum() / outputs.label_mask.sum()
             return -likelihood
-        return torch.tensor(torch.nan)
+        return None
 
     def close(self) -> None:
         """Forget the batch and the model's hook."""
         self._hook.remove()
         self._inputs = None
+
+
+_BATCHES: WeakValueDictionary[tuple[int, str | None], _LastBatch] = WeakValueDictionary()
 
 
 def _callers(kind: type) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -332,6 +359,12 @@ def _warn_of_another_method(model: nn.Module, adapter: str, best: Path) -> None:
             "as after the last step; load that checkpoint with PeftModel.from_pretrained and squeeze it",
             stacklevel=2,
         )
+
+
+def _take_statistics(squeezer: Squeezer, found: dict[str, Any] | None) -> None:
+    """Of several adapters, a trainer loads one: for the others, those of the best checkpoint may not fit."""
+    if squeezer.statistics is not None and found is not None and squeezer.statistics.fits(found):
+        squeezer.statistics.load_state_dict(found)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -18,9 +18,10 @@ from lora_squeeze.training.live import (
     only_adapter,
     resized,
     sync_config,
+    without_autocast,
     write,
 )
-from lora_squeeze.training.optimizer_state import Change, carried_state, exchange, unwrapped
+from lora_squeeze.training.optimizer_state import Change, carried_state, concerned, exchange, unwrapped
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def commit(
     exchanged: dict[nn.Parameter, nn.Parameter] = {}
     states: dict[nn.Parameter, dict[str, Any]] = {}
     values: list[tuple[LiveModule, Tensor, Tensor]] = []
+    taken_over = set(concerned(optimizer, (p for item in new for p in (item.module.A, item.module.B))))
     for item in new:
         module, room = item.module, None if replace_parameters else item.module.width
         new_A, new_B = module.like_A(_padded(item.A, room, -2)), module.like_B(_padded(item.B, room, -1))
@@ -66,7 +68,7 @@ def commit(
             (module.B, new_B, _change_of_B(item, room)),
         ):
             exchanged[old] = nn.Parameter(value, requires_grad=old.requires_grad) if replace_parameters else old
-            if optimizer is not None and old.requires_grad:
+            if old in taken_over:
                 states[old] = carried_state(optimizer, old, value, change, policy)
     undo: list[Callable[[], object]] = []
     try:
@@ -167,7 +169,8 @@ def compact(
             new.append(New(module, old, old.B.contiguous(), old.A.contiguous(), eye, eye, 0.0))
     if new:
         inner = None if optimizer is None else unwrapped(optimizer)
-        commit(model, name, modules, new, inner, optimizer_state, replace_parameters=True)
+        with without_autocast(model):
+            commit(model, name, modules, new, inner, optimizer_state, replace_parameters=True)
     return bool(new)
 
 
@@ -189,5 +192,6 @@ def make_room(model: nn.Module, ranks: Mapping[str, int], *, optimizer: Any = No
             module.put(A, B)
     if exchanged:
         if optimizer is not None:
-            exchange(unwrapped(optimizer), {old: p for old, p in exchanged.items() if old.requires_grad}, {})
+            inner = unwrapped(optimizer)
+            exchange(inner, {old: exchanged[old] for old in concerned(inner, exchanged)}, {})
         sync_config(model, name, modules)

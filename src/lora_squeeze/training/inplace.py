@@ -39,9 +39,10 @@ from lora_squeeze.training.live import (
     live_modules,
     only_adapter,
     tied_pairs,
+    without_autocast,
 )
 from lora_squeeze.training.live_ranks import check_rank, target_ranks
-from lora_squeeze.training.optimizer_state import STATE_POLICIES, check_optimizer, unwrapped
+from lora_squeeze.training.optimizer_state import STATE_POLICIES, check_optimizer, concerned, unwrapped
 from lora_squeeze.training.other_method import STATISTICS, AnyModule, become_lora, is_other, learned, other_modules
 
 PLACEMENTS = ("auto", "replace", "mask")
@@ -128,40 +129,42 @@ def squeeze_(
         >>> squeeze_(peft_model, rank=8, optimizer=optimizer)  # doctest: +SKIP
     """
     start = time.perf_counter()
-    name = only_adapter(model) if adapter is None else adapter
-    if is_other(model, name):
-        rule = {"rank": rank, "energy": energy, "params": params, "ranks": ranks, "allocate": allocate}
-        return _from_other_method(model, name, optimizer, moments, rule)
-    modules = live_modules(model, name)
-    optimizer = None if optimizer is None else unwrapped(optimizer)
-    check_request(modules, optimizer, optimizer_state, in_place)
-    updates = [module.update() for module in modules]
-    found = decomposed([module.name for module in modules], updates)
-    own, spectra = [update.rank for update in updates], [item.S for item in found]
-    target = target_ranks(modules, own, spectra, rank, energy, params, ranks, allocate, moments or {})
-    target = _agreed_ranks(target, modules)
-    before = sum(m.cost * u.rank for m, u in zip(modules, updates, strict=True))
-    new = [
-        _truncated(module, update, item, target[module.name], (moments or {}).get(module.path))
-        for module, update, item in zip(modules, updates, found, strict=True)
-        if target[module.name] < update.rank
-    ]
-    _agree(new)
-    new = _tied(new, modules)
-    replace_parameters = replaces(modules, in_place)
-    commit(model, name, modules, new, optimizer, optimizer_state, replace_parameters)
-    total = sum(float(item.total.sum()) for item in found)
-    after = {
-        m.name: (target[m.name] if target[m.name] < u.rank else u.rank) for m, u in zip(modules, updates, strict=True)
-    }
-    return Squeezed(
-        ranks={m.name: after[m.name] * m.step for m in modules},
-        energy=1.0 - sum(item.lost for item in new) / total if total else 1.0,
-        parameters=before,
-        parameters_after=sum(m.cost * after[m.name] for m in modules),
-        seconds=time.perf_counter() - start,
-        maps={item.module.path: (item.P, item.R) for item in new},
-    )
+    with without_autocast(model):
+        name = only_adapter(model) if adapter is None else adapter
+        if is_other(model, name):
+            rule = {"rank": rank, "energy": energy, "params": params, "ranks": ranks, "allocate": allocate}
+            return _from_other_method(model, name, optimizer, moments, rule)
+        modules = live_modules(model, name)
+        optimizer = None if optimizer is None else unwrapped(optimizer)
+        check_request(modules, optimizer, optimizer_state, in_place)
+        updates = [module.update() for module in modules]
+        found = decomposed([module.name for module in modules], updates)
+        own, spectra = [update.rank for update in updates], [item.S for item in found]
+        target = target_ranks(modules, own, spectra, rank, energy, params, ranks, allocate, moments or {})
+        target = _useful(_agreed_ranks(target, modules), modules, updates, found, moments or {})
+        before = sum(m.cost * u.rank for m, u in zip(modules, updates, strict=True))
+        new = [
+            _truncated(module, update, item, target[module.name], (moments or {}).get(module.path))
+            for module, update, item in zip(modules, updates, found, strict=True)
+            if target[module.name] < update.rank
+        ]
+        _agree(new)
+        new = _tied(new, modules)
+        replace_parameters = replaces(modules, in_place)
+        commit(model, name, modules, new, optimizer, optimizer_state, replace_parameters)
+        total = sum(float(item.total.sum()) for item in found)
+        after = {
+            m.name: (target[m.name] if target[m.name] < u.rank else u.rank)
+            for m, u in zip(modules, updates, strict=True)
+        }
+        return Squeezed(
+            ranks={m.name: after[m.name] * m.step for m in modules},
+            energy=1.0 - sum(item.lost for item in new) / total if total else 1.0,
+            parameters=before,
+            parameters_after=sum(m.cost * after[m.name] for m in modules),
+            seconds=time.perf_counter() - start,
+            maps={item.module.path: (item.P, item.R) for item in new},
+        )
 
 
 def _from_other_method(
@@ -171,7 +174,7 @@ def _from_other_method(
     start = time.perf_counter()
     if moments:
         raise LoraSqueezeError(STATISTICS)
-    if _processes() > 1:
+    if processes() > 1:
         raise LoraSqueezeError("under several processes an adapter of another method cannot become a LoRA in place")
     modules = other_modules(model, adapter)
     if optimizer is not None:
@@ -216,13 +219,13 @@ def check_request(modules: Sequence[AnyModule], optimizer: Any, optimizer_state:
     if in_place == "replace" and is_sharded(lora):
         raise LoraSqueezeError("sharded parameters cannot be replaced; use in_place='mask' or 'auto'")
     if optimizer is not None and lora:
-        trained = [p for m in lora for p in (m.A, m.B) if p.requires_grad]
-        check_optimizer(unwrapped(optimizer), trained, optimizer_state)
-        codes = type(unwrapped(optimizer)).__name__.endswith("8bit")
+        inner = unwrapped(optimizer)
+        check_optimizer(inner, concerned(inner, (p for m in lora for p in (m.A, m.B))), optimizer_state)
+        codes = type(inner).__name__.endswith("8bit")
         if codes and not replaces(lora, in_place) and lora[0].A.device.type == "cpu":
             # bitsandbytes 0.50 has no code for zero there, so unused directions would drift away from it.
             raise LoraSqueezeError(
-                f"{type(unwrapped(optimizer)).__name__} on the CPU cannot keep unused directions at zero; use "
+                f"{type(inner).__name__} on the CPU cannot keep unused directions at zero; use "
                 "in_place='replace', or an optimiser with full states"
             )
 
@@ -230,11 +233,12 @@ def check_request(modules: Sequence[AnyModule], optimizer: Any, optimizer_state:
 def replaces(modules: Sequence[LiveModule], in_place: str) -> bool:
     """Whether parameters are replaced by smaller ones, or keep their shape."""
     if in_place == "auto":
-        return not is_sharded(modules) and _processes() == 1
+        return not is_sharded(modules) and processes() == 1
     return in_place == "replace"
 
 
-def _processes() -> int:
+def processes() -> int:
+    """How many train together."""
     return torch.distributed.get_world_size() if _distributed() else 1
 
 
@@ -246,7 +250,6 @@ def _truncated(module: LiveModule, update: LowRank, found: Decomposition, rank: 
     """The new factors and the maps to them, plain or in the metric of the data."""
     exact = torch.promote_types(update.dtype, torch.float32)
     if moments is None:
-        rank = min(rank, found.S.shape[-1])
         B, A = found.factors(rank, abs(update.scale), exact)
         P, R = found.coordinates(update.B, update.A, rank, abs(update.scale))
         lost = float((found.total - found.S[..., :rank].square().sum(-1)).clamp_min(0).sum())
@@ -277,18 +280,38 @@ def _tied(new: list[New], modules: Sequence[LiveModule]) -> list[New]:
     return result
 
 
+def _useful(
+    target: Mapping[str, int],
+    modules: Sequence[LiveModule],
+    updates: Sequence[LowRank],
+    found: Sequence[Decomposition],
+    moments: Mapping[str, Moments],
+) -> dict[str, int]:
+    """No more than the plain truncation finds directions; what keeps its rank is left alone."""
+    ranks = dict(target)
+    for module, update, item in zip(modules, updates, found, strict=True):
+        if target[module.name] < update.rank and module.path not in moments:
+            ranks[module.name] = min(target[module.name], item.S.shape[-1])
+    return ranks
+
+
 def _agreed_ranks(target: dict[str, int], modules: Sequence[LiveModule]) -> dict[str, int]:
+    ranks = agreed([target[m.name] for m in modules], modules[0].A.device)
+    return {m.name: k for m, k in zip(modules, ranks, strict=True)}
+
+
+def agreed(numbers: list[int], device: torch.device) -> list[int]:
     """Those of the first process: another one may round an energy differently."""
-    if _processes() == 1:
-        return target
-    ranks = torch.tensor([target[m.name] for m in modules], device=modules[0].A.device)
-    torch.distributed.broadcast(ranks, src=0)
-    return {m.name: k for m, k in zip(modules, ranks.tolist(), strict=True)}
+    if processes() == 1:
+        return numbers
+    told = torch.tensor(numbers, device=device)
+    torch.distributed.broadcast(told, src=0)
+    return list(map(int, told.tolist()))
 
 
 def _agree(new: Iterable[New]) -> None:
     """All processes take the first one's factors: a singular vector may have another sign elsewhere."""
-    if _processes() == 1:
+    if processes() == 1:
         return
     for item in new:
         for tensor in (item.B, item.A, item.P, item.R):

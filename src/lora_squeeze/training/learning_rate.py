@@ -12,6 +12,8 @@ from lora_squeeze.adaptive import Adaptive
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.schedule import LEARNING_RATES, Schedule
 
+_FOLLOWS = "_follows"  # attribute of our functions: the policy, and what it looks at of the schedule
+
 
 def follow_stages(policy: str, scheduler: Any, schedule: Schedule | Adaptive) -> None:
     """Make a scheduler go by the stages of a schedule.
@@ -20,7 +22,11 @@ def follow_stages(policy: str, scheduler: Any, schedule: Schedule | Adaptive) ->
         "restart"   factor(step) = curve((step - first step of the stage) * total steps / steps of the stage)
         "rank"      factor(step) = curve(step) * sqrt(first rank / rank of the stage)
 
-    "restart" runs the whole curve, warm-up included, once per stage, compressed to the stage's length.
+    "restart" runs the whole curve, warm-up included, once per stage, compressed to the stage's length. Steps are those
+    of the optimiser, of which accelerate's wrapper makes several of the scheduler where there are several processes.
+
+    Where the scheduler follows the same stages already, as it does for another adapter or after an interruption, it is
+    left alone.
 
     Args:
         policy: one of these, `schedule.LEARNING_RATES`.
@@ -29,8 +35,8 @@ def follow_stages(policy: str, scheduler: Any, schedule: Schedule | Adaptive) ->
         schedule: one with stages of known length.
 
     Raises:
-        LoraSqueezeError: another policy; but for "continue", no scheduler, another kind of scheduler, or an adaptive
-            schedule.
+        LoraSqueezeError: another policy; but for "continue", no scheduler, another kind of scheduler, one that follows
+            another schedule, or an adaptive schedule.
     """
     if policy not in LEARNING_RATES:
         raise LoraSqueezeError(f"learning_rate must be one of {', '.join(LEARNING_RATES)}, got {policy!r}")
@@ -44,25 +50,46 @@ def follow_stages(policy: str, scheduler: Any, schedule: Schedule | Adaptive) ->
             f"learning_rate={policy!r} needs a LambdaLR scheduler, got {type(inner).__name__}; use "
             "learning_rate='continue', or change the scheduler of your own"
         )
+    stages = (policy, schedule.steps, schedule.ranks if policy == "rank" else ())
+    followed = {getattr(curve, _FOLLOWS, None) for curve in inner.lr_lambdas} - {None}
+    if followed == {stages}:
+        return
+    if followed:
+        raise LoraSqueezeError(
+            f"the scheduler follows another schedule already, and learning_rate={policy!r} needs it for itself: use a "
+            "scheduler for each schedule, or learning_rate='continue'"
+        )
     change = _restarted if policy == "restart" else _risen
-    inner.lr_lambdas = [change(curve, schedule) for curve in inner.lr_lambdas]
+    inner.lr_lambdas = [change(curve, schedule, _pace(scheduler)) for curve in inner.lr_lambdas]
+    for factor in inner.lr_lambdas:
+        setattr(factor, _FOLLOWS, stages)
 
 
-def _risen(curve: Callable[[int], float], schedule: Schedule) -> Callable[[int], float]:
+def _pace(scheduler: Any) -> int:
+    """How many steps a scheduler takes for one of the optimiser."""
+    if not getattr(scheduler, "step_with_optimizer", False) or scheduler.split_batches:
+        return 1
+    from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
+
+    processes: int = AcceleratorState().num_processes
+    return processes
+
+
+def _risen(curve: Callable[[int], float], schedule: Schedule, pace: int) -> Callable[[int], float]:
     def factor(step: int) -> float:
-        stage = schedule.stage_after(min(step, schedule.total_steps))
+        stage = schedule.stage_after(min(step // pace, schedule.total_steps))
         return curve(step) * math.sqrt(schedule.ranks[0] / schedule.ranks[stage])
 
     return factor
 
 
-def _restarted(curve: Callable[[int], float], schedule: Schedule) -> Callable[[int], float]:
+def _restarted(curve: Callable[[int], float], schedule: Schedule, pace: int) -> Callable[[int], float]:
     starts = (0, *schedule.boundaries)
     total = schedule.total_steps
 
     def factor(step: int) -> float:
-        stage = schedule.stage_after(min(step, total))
+        stage = schedule.stage_after(min(step // pace, total))
         length = schedule.steps[stage]
-        return curve((step - starts[stage]) * total // length if length else total)
+        return curve((step - starts[stage] * pace) * total // length if length else total * pace)
 
     return factor

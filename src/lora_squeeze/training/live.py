@@ -21,6 +21,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -350,6 +351,16 @@ def resized(module: LiveModule, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
         nn.Parameter(new_A, requires_grad=module.A.requires_grad),
         nn.Parameter(new_B, requires_grad=module.B.requires_grad),
     )
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Products inside keep the precision of what is multiplied, also where the training runs under autocast."""
+    with ExitStack() as stack:
+        for kind in {parameter.device.type for parameter in model.parameters()}:
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def is_sharded(modules: Iterable[LiveModule]) -> bool:

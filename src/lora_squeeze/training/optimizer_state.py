@@ -74,6 +74,17 @@ def unwrapped(optimizer: object) -> torch.optim.Optimizer:
     return optimizer
 
 
+def concerned(optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those of some parameters whose exchange concerns an optimiser: what is trained now, and what it holds besides.
+
+    A factor may be frozen for a while, and be trained again later: adapters, or A and B, in turn.
+    """
+    if optimizer is None:
+        return []
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [p for p in parameters if p.requires_grad or id(p) in held]
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], policy: str) -> None:
     """Refuse an optimiser that an exchange of these parameters would break. Changes nothing.
 

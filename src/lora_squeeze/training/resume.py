@@ -18,7 +18,8 @@ def follow_loaded_ranks(model: nn.Module, adapter: str, optimizer: Callable[[], 
 
     A run that is resumed builds its model at the source rank, while the checkpoint has the rank of its stage; the same
     holds for the best checkpoint at the end of training. All ways of loading (PEFT's load_adapter, the Trainer,
-    load_state_dict) pass through here. The scale stays, as it does in a squeeze.
+    load_state_dict) pass through here. The scale stays, as it does in a squeeze. A copy of the model does so too, for
+    itself alone.
 
     Args:
         model: the model, wrapped or not.
@@ -31,9 +32,9 @@ def follow_loaded_ranks(model: nn.Module, adapter: str, optimizer: Callable[[], 
     holder: nn.Module = holder_of(model)
 
     def make_room_for(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: object) -> None:
-        if is_other(holder, adapter):
+        if is_other(module, adapter):
             return
-        modules = live_modules(holder, adapter)
+        modules = live_modules(module, adapter)
         if is_sharded(modules):
             return  # sharded parameters keep their shape, in checkpoints too
         ranks = {}
@@ -43,7 +44,7 @@ def follow_loaded_ranks(model: nn.Module, adapter: str, optimizer: Callable[[], 
             )
             if key in state_dict:
                 ranks[live.name] = live.step * (state_dict[key].shape[0] // live.copies)
-        make_room(holder, ranks, optimizer=optimizer(), adapter=adapter)
+        make_room(module, ranks, optimizer=optimizer() if module is holder else None, adapter=adapter)
 
     handle: RemovableHandle = holder.register_load_state_dict_pre_hook(make_room_for)
     return handle

@@ -9,8 +9,7 @@ from typing import Any
 
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.methods.catalogue import rate_factor
-from lora_squeeze.ranks import ALLOCATIONS
-from lora_squeeze.schedule import LEARNING_RATES
+from lora_squeeze.schedule import ALLOCATIONS, LEARNING_RATES, MODES
 
 SOURCE_RANK = 64
 LEARNING_RATE = 2e-4  # of a LoRA
@@ -25,6 +24,7 @@ _OF_SQUEEZES = (
     "distill",
 )  # fmt: skip
 _OF_TEACHER = ("temperature", "generate")
+_OF_MODES = {"adaptive": ("energy",), **MODES}
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,12 @@ class TrainSettings:
             raise LoraSqueezeError("method_options are those of a method: name it with method, or leave them out")
         if self.method is not None and (named := self.changed(_OF_SQUEEZES)):
             raise LoraSqueezeError(f"{named[0]} is of training a LoRA; with method {self.method} leave it out")
+        for name in self.changed(("squeezes", "last_steps", "energy")):
+            mode, modes = self.mode or "in", [mode for mode, options in _OF_MODES.items() if name in options]
+            if mode in _OF_MODES and mode not in modes:
+                raise LoraSqueezeError(
+                    f"{name} is no option of mode {mode!r}: leave it out, or use mode {' or '.join(map(repr, modes))}"
+                )
         if self.adapter is None and self.method is None and self.rank >= self.first_rank:
             raise LoraSqueezeError(
                 f"nothing to squeeze: the target rank {self.rank} is not below the source rank {self.first_rank}; "

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,21 +30,24 @@ from lora_squeeze.methods.modes import evaluating
 from lora_squeeze.moments import Moments, predicted_increase
 from lora_squeeze.post_squeeze import decomposed
 from lora_squeeze.ranks import Allocation, Limits, Unit, choose, price
-from lora_squeeze.schedule import Schedule
+from lora_squeeze.schedule import Schedule, check_allocation
 from lora_squeeze.training.commit import compact, make_room
-from lora_squeeze.training.inplace import Squeezed, check_request, squeeze_
+from lora_squeeze.training.inplace import Squeezed, agreed, check_request, processes, squeeze_
 from lora_squeeze.training.learning_rate import follow_stages
-from lora_squeeze.training.live import LiveModule, holder_of, live_modules, only_adapter
+from lora_squeeze.training.live import LiveModule, holder_of, live_modules, only_adapter, without_autocast
 from lora_squeeze.training.live_ranks import grouped, loss_curve, units_of
 from lora_squeeze.training.other_method import STATISTICS, AnyModule, is_other, modules_of
 from lora_squeeze.training.resume import follow_loaded_ranks
-from lora_squeeze.training.statistics import Statistics
+from lora_squeeze.training.statistics import Statistics, has_rows
+
+_AT_WORK: WeakValueDictionary[tuple[int, str], Squeezer] = WeakValueDictionary()  # by model and adapter
 
 
 class Squeezer:
     """Squeezes one adapter of a live PEFT model when its schedule says so.
 
-    An adapter of another method than LoRA becomes a LoRA at the first squeeze, see `other_method`.
+    An adapter of another method than LoRA becomes a LoRA at the first squeeze, see `other_method`. A Squeezer that an
+    interrupted run has left with the same adapter is closed.
 
     Args:
         model: a PEFT model, or a transformers model with an adapter; wrapped by DDP, FSDP2 or torch.compile or not.
@@ -59,13 +63,14 @@ class Squeezer:
         data_aware: collect statistics of inputs and gradients while training and truncate in their metric.
         in_place: "replace", "mask" or "auto", as in `squeeze_`.
         loss: called without arguments, without gradients and in eval mode, right before and after each squeeze; its
-            values are recorded as the loss jump.
+            values are recorded as the loss jump, the mean over the processes; none where it returns None.
         state: the `state_dict` of an interrupted run, to go on from; the same as `load_state_dict` afterwards, which
             a model that has its later rank already would not reach.
 
     Raises:
         LoraSqueezeError: the schedule does not begin at the adapter's rank, an adapter that cannot be squeezed, an
-            optimiser whose state is not known. Nothing has changed then.
+            optimiser whose state is not known, a bound on the loss with layers that have no statistics. Nothing has
+            changed then.
 
     Attributes:
         history: one entry per squeeze: step, ranks, energy, parameters, seconds, loss before and after.
@@ -84,9 +89,10 @@ class Squeezer:
         scheduler: Any = None,
         data_aware: bool = False,
         in_place: str = "auto",
-        loss: Callable[[], Tensor] | None = None,
+        loss: Callable[[], Tensor | None] | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
+        check_allocation(allocate)
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.adapter = only_adapter(model) if adapter is None else adapter
         self.optimizer_state, self.in_place, self.loss = optimizer_state, in_place, loss
@@ -95,13 +101,24 @@ class Squeezer:
         self.history: list[dict[str, Any]] = []
         modules = modules_of(model, self.adapter)
         check_request(modules, optimizer, optimizer_state, in_place)
+        self._device = next(modules[0].layer.parameters()).device
         if state is None:
             self._check_schedule(modules)
+        else:
+            self._check_state(state)
         self.budgets = _budgets(modules, schedule) if state is None else [int(number) for number in state["budgets"]]
-        follow_stages(learning_rate, scheduler, schedule)
         wants_loss = isinstance(schedule, Adaptive) and schedule.loss is not None
         if (data_aware or wants_loss) and is_other(model, self.adapter):
             raise LoraSqueezeError(STATISTICS)
+        if wants_loss and (hidden := [m.name for m in modules if isinstance(m, LiveModule) and not has_rows(m)]):
+            raise LoraSqueezeError(
+                f"{hidden[0]}: the loss increase cannot be predicted for this layer; bound the energy instead"
+            )
+        follow_stages(learning_rate, scheduler, schedule)
+        key = id(holder_of(model)), self.adapter
+        if (before := _AT_WORK.get(key)) is not None:
+            before.close()
+        _AT_WORK[key] = self
         self.data_aware = data_aware
         self.statistics = Statistics(model, self.adapter) if data_aware or wants_loss else None
         self._following = follow_loaded_ranks(model, self.adapter, lambda: self.optimizer)
@@ -118,8 +135,12 @@ class Squeezer:
         """The rank at the end."""
         return self.schedule.rank if isinstance(self.schedule, Adaptive) else self.schedule.ranks[-1]
 
-    def step(self) -> Squeezed | None:
+    def step(self, loss_scale: float | None = None) -> Squeezed | None:
         """One optimiser step is done: squeeze if it is time. Call it after optimizer.step().
+
+        Args:
+            loss_scale: what the loss was multiplied by before backward, for the statistics: with a GradScaler of your
+                own, its get_scale() before its update(). Default: that of accelerate's optimiser, or 1.
 
         Returns:
             What was done; None where it is not time.
@@ -127,7 +148,9 @@ class Squeezer:
         self.steps_done += 1
         if self.statistics is not None:
             scaler = getattr(self.optimizer, "scaler", None)  # accelerate's, for float16
-            self.statistics.step(1.0 if scaler is None else float(scaler.get_scale()))
+            if loss_scale is None:
+                loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
+            self.statistics.step(loss_scale)
         if isinstance(self.schedule, Adaptive):
             ranks = self._adaptive_ranks(self.schedule) if self.schedule.due(self.steps_done) else None
             return None if ranks is None else self._squeeze(ranks=ranks)
@@ -166,7 +189,7 @@ class Squeezer:
             "schedule": _described(self.schedule),
             "ranks": {m.name: m.width * m.step for m in modules},
             "budgets": self.budgets,
-            "history": self.history,
+            "history": [dict(entry) for entry in self.history],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -176,6 +199,15 @@ class Squeezer:
             LoraSqueezeError: the checkpoint was written under another schedule, or after an adapter of another method
                 had become a LoRA.
         """
+        self._check_state(state)
+        if not is_other(self.model, self.adapter):
+            make_room(self.model, state["ranks"], optimizer=self.optimizer, adapter=self.adapter)
+        self.steps_done, self.budgets = int(state["steps_done"]), [int(number) for number in state["budgets"]]
+        self.history = [dict(entry) for entry in state["history"]]
+        if self.statistics is not None and "statistics" in state:
+            self.statistics.load_state_dict(state["statistics"])
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
         mine, theirs = _described(self.schedule), dict(state["schedule"])
         changed = [
             key for key in sorted(mine.keys() | theirs.keys()) if _plain(mine.get(key)) != _plain(theirs.get(key))
@@ -186,17 +218,11 @@ class Squeezer:
                 f"the checkpoint was trained under another schedule: {told}; go on with the same settings and the same "
                 "number of steps, or begin anew"
             )
-        if not is_other(self.model, self.adapter):
-            make_room(self.model, state["ranks"], optimizer=self.optimizer, adapter=self.adapter)
-        elif state["history"]:
+        if is_other(self.model, self.adapter) and state["history"]:
             raise LoraSqueezeError(
                 f"in this checkpoint the adapter {self.adapter!r} is a LoRA already; make the model from it: "
                 "PeftModel.from_pretrained(base_model, checkpoint, is_trainable=True)"
             )
-        self.steps_done, self.budgets = int(state["steps_done"]), [int(number) for number in state["budgets"]]
-        self.history = [dict(entry) for entry in state["history"]]
-        if self.statistics is not None and "statistics" in state:
-            self.statistics.load_state_dict(state["statistics"])
 
     def _squeeze_to(self, stage: int) -> Squeezed:
         if is_other(self.model, self.adapter):  # its method may have found lower ranks than the schedule's
@@ -207,8 +233,31 @@ class Squeezer:
         return self._squeeze(params=self.budgets[stage], allocate=allocate)
 
     def _squeeze(self, **how: Any) -> Squeezed:
-        before, moments = self._loss(), {}
+        before = self._loss()
+        with without_autocast(self.model):
+            done, predicted = self._squeezed(**how)
+        after = self._loss()
+        entry = {
+            "step": self.steps_done,
+            "rank": done.rank,
+            "lowest_rank": min(done.ranks.values()),
+            "energy": done.energy,
+            "parameters": done.parameters,
+            "parameters_after": done.parameters_after,
+            "seconds": done.seconds,
+        }
+        if predicted is not None:
+            entry["loss_predicted"] = predicted
+        if before is not None and after is not None:
+            entry |= {"loss_before": before, "loss_after": after}
+        self.history.append(entry)
+        return done
+
+    def _squeezed(self, **how: Any) -> tuple[Squeezed, float | None]:
+        """What was done, and the increase of the loss predicted for it where statistics tell one."""
+        moments: dict[str, Moments] = {}
         if self.statistics is not None:
+            self.statistics.drop_misfits()
             self.statistics.synchronise()
             moments = self.statistics.moments()
         scales = {m.path: m.scale for m in modules_of(self.model, self.adapter) if isinstance(m, LiveModule)}
@@ -223,24 +272,11 @@ class Squeezer:
         )
         if self.statistics is not None:
             self.statistics.map(done.maps)
-        after = self._loss()
-        entry = {
-            "step": self.steps_done,
-            "rank": done.rank,
-            "lowest_rank": min(done.ranks.values()),
-            "energy": done.energy,
-            "parameters": done.parameters,
-            "parameters_after": done.parameters_after,
-            "seconds": done.seconds,
-        }
-        if moments:
-            known = [path for path in done.maps if path in moments]
-            increases = [predicted_increase(moments[path], scales[path], *done.maps[path]) for path in known]
-            entry["loss_predicted"] = sum(float(increase.sum()) for increase in increases)
-        if before is not None and after is not None:
-            entry |= {"loss_before": before, "loss_after": after}
-        self.history.append(entry)
-        return done
+        if not moments:
+            return done, None
+        known = [path for path in done.maps if path in moments]
+        increases = [predicted_increase(moments[path], scales[path], *done.maps[path]) for path in known]
+        return done, sum(float(increase.sum()) for increase in increases)
 
     def _correction(self) -> float:
         """How many times larger than predicted the loss jump was at worst, at least 1.
@@ -256,12 +292,17 @@ class Squeezer:
             return None
         quiet = self.statistics.pause() if self.statistics is not None else nullcontext()
         with quiet, evaluating(self.model), torch.no_grad():
-            return float(self.loss())
+            found = self.loss()
+        return _over_processes(None if found is None else float(found), self._device)
 
     def _adaptive_ranks(self, schedule: Adaptive) -> dict[str, int] | None:
         modules = modules_of(self.model, self.adapter)
         if schedule.met(_bare(modules), self.budgets[-1]):
             return None
+        with without_autocast(self.model):
+            return self._chosen_ranks(schedule, modules)
+
+    def _chosen_ranks(self, schedule: Adaptive, modules: Sequence[AnyModule]) -> dict[str, int] | None:
         updates = [module.update() for module in modules]
         spectra = [item.S for item in decomposed([module.name for module in modules], updates)]
         units = units_of(modules, [update.rank for update in updates], spectra)
@@ -269,14 +310,16 @@ class Squeezer:
         if schedule.loss is not None and self.statistics is not None:
             self.statistics.synchronise()
             moments, factor = self.statistics.moments(), self._correction()
-            if moments:
+            trained = [m for unit, members in units if not _still(unit) for m in members]
+            if moments and all(m.path in moments for m in trained):
                 curves = [[factor * loss for loss in _loss_curve(unit, members, moments)] for unit, members in units]
             elif self.steps_done < schedule.deadline_step:
                 return None
-            else:  # no gradient has come past B so far: there is nothing to predict a loss from
+            else:  # no gradient has come past the B of a layer so far: there is nothing to predict its loss from
                 schedule = replace(schedule, loss=None)
-        chosen = schedule.choose(self.steps_done, [unit for unit, _ in units], self.budgets[-1], curves)
-        if chosen is None:
+        found = schedule.choose(self.steps_done, [unit for unit, _ in units], self.budgets[-1], curves)
+        chosen = agreed(found or [0] * len(units), self._device)
+        if not any(chosen):
             return None
         return {m.name: k * m.step for k, (_, members) in zip(chosen, units, strict=True) for m in members}
 
@@ -316,10 +359,24 @@ def _budgets(modules: Sequence[AnyModule], schedule: Schedule | Adaptive) -> lis
     return [price(units, choose(units, "rank", rank, "uniform", Limits(1))) for rank in schedule.ranks]
 
 
+def _over_processes(value: float | None, device: torch.device) -> float | None:
+    """The mean over the processes that have a value: all must decide alike by it."""
+    if processes() == 1:
+        return value
+    told = torch.tensor([value or 0.0, value is not None], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(told)
+    total, count = told.tolist()
+    return total / count if count else None
+
+
 def _loss_curve(unit: Unit, members: Sequence[AnyModule], moments: Mapping[str, Moments]) -> list[float]:
     """Predicted increase of the loss at each rank; none where the update is still zero, seen or not."""
-    still = not any(map(any, unit.values))
-    return [0.0] * (unit.rank + 1) if still else loss_curve(members, moments)
+    return [0.0] * (unit.rank + 1) if _still(unit) else loss_curve(members, moments)
+
+
+def _still(unit: Unit) -> bool:
+    """Whether an update is zero so far."""
+    return not any(map(any, unit.values))
 
 
 def _described(schedule: Schedule | Adaptive) -> dict[str, Any]:

@@ -15,6 +15,7 @@ with the whole weight. Dropout on x is seen as the branch sees it.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -232,6 +233,27 @@ class Statistics:
         }
         self._ranks, self._current, self._step = dict(state["ranks"]), {}, int(state["step"])
 
+    def fits(self, state: Mapping[str, Any]) -> bool:
+        """Whether the layers have the ranks now that they had when `state_dict` gave this."""
+        return all(
+            path in self._modules and self._modules[path].rank() == rank for path, rank in state["ranks"].items()
+        )
+
+    def drop_misfits(self) -> None:
+        """Forget layers that have another rank than their statistics: the model was loaded without these."""
+        if not self._ranks:
+            return
+        ranks = {path: module.rank() for path, module in self._modules.items()}
+        misfits = [path for path in self._running if self._ranks[path] != ranks[path]]
+        if misfits:
+            warnings.warn(
+                f"{len(misfits)} layers have another rank than their statistics, {misfits[0]} {ranks[misfits[0]]} "
+                f"instead of {self._ranks[misfits[0]]}: they are squeezed without; load the statistics with the model",
+                stacklevel=2,
+            )
+        self._running = {path: sums for path, sums in self._running.items() if path not in misfits}
+        self._ranks = ranks
+
     def close(self) -> None:
         """Remove the hooks; what was collected stays."""
         for handle in self._handles:
@@ -271,6 +293,13 @@ class Statistics:
         sums.C.baddbmm_(h.mT, h)  # in place: autocast lets it be
         sums.F.baddbmm_(g.mT, g)
         sums.rows.add_(seen.sum())
+
+
+def has_rows(module: LiveModule) -> bool:
+    """Whether rows of its own pass by a layer; where they do not, nothing will ever be known about it."""
+    in_attention = type(module.layer).__name__ == "MultiheadAttention" or module.path.endswith(".base_layer.out_proj")
+    hidden = in_attention or module.kind == "experts" or (module.kind == "embedding" and is_sharded([module]))
+    return not hidden
 
 
 def _branch_hook(statistics: Statistics, module: LiveModule) -> Callable[..., None]:
