@@ -198,6 +198,7 @@ def test_a_plan_leaves_the_figures_beside_the_base_those_of_the_source(tmp_path:
         (lambda W: W.to(torch.uint8), r"stored as uint8 in it \(quantised\)"),
         (lambda W: W[:-1], r"its shape is \[7, 20\] in it, the update's \[8, 20\]"),
         (lambda W: W * torch.nan, "NaN or infinity in it"),
+        (lambda W: W * 0, "all zeros in it"),
     ],
 )
 def test_what_is_not_compared_is_told_with_the_reason(tmp_path: Path, change: Any, reason: str) -> None:

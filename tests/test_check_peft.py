@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,26 @@ def test_the_end_of_a_name_is_no_target(tmp_path: Path) -> None:
     (found,) = check(folder, "peft")[0].findings
     assert outcome(folder) == "in part" and found.rule == "peft-target"
     assert found.modules == tuple(name for name in cases.SHAPES if "v_proj" in name)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_an_expression_that_backtracks_takes_no_time(field: str, tmp_path: Path) -> None:
+    name = "a" * 60
+
+    def long_name(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {f"{PREFIX}{name}.lora_{side}.weight": torch.ones(8, 8) for side in "AB"}
+
+    folder = cases.peft(long_name, **{"target_modules": [*cases.TARGETS, name], field: "(a+)+b"})(tmp_path)
+    start = time.monotonic()
+    found = {finding.rule: finding for finding in check(folder, "peft")[0].findings}
+    assert time.monotonic() - start < 30, "of one name alone, `re` takes years"
+    assert (name in found["peft-target"].modules if found else False) == (field == "target_modules")
+
+
+def test_an_expression_that_is_none_is_named(tmp_path: Path) -> None:
+    folder = cases.peft(exclude_modules="(((")(tmp_path)
+    (found,) = check(folder, "peft")[0].findings
+    assert outcome(folder) == "no" and found.rule == "peft-damaged" and "exclude_modules: '((('" in found.text
 
 
 @pytest.mark.parametrize("side", ["A", "B"])

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import torch
 import typer
 from adapter_cases import ALPHA, CONFIG, PREFIX, RANK, SHAPES, WEIGHTS, plain_tensors, write_folder
 from command_cases import command
-from folder_cases import tree
+from folder_cases import in_child, tree
 from typer.testing import CliRunner
 
 import lora_squeeze
+from lora_squeeze.cli import main
 from lora_squeeze.cli.app import app
 from lora_squeeze.post_squeeze import squeeze
 from lora_squeeze.ranks import RULES
@@ -83,7 +85,7 @@ def test_a_squeeze_that_changes_nothing_is_refused(folder: Path, tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("request_", [("--dtype", "bf16"), ("--rank", RANK, "--alpha", "fold")])
+@pytest.mark.parametrize("request_", [("--dtype", "bf16"), ("--rank", RANK, "--alpha", "fold"), ("--alpha", "fold")])
 def test_another_dtype_or_scale_is_something_to_do(folder: Path, tmp_path: Path, request_: tuple[Any, ...]) -> None:
     run = command(tmp_path, "squeeze", folder, "-o", tmp_path / "out", *request_)
     assert run.code == 0, run.err
@@ -105,6 +107,30 @@ def test_each_prints_a_line_per_module(folder: Path, tmp_path: Path) -> None:
     each = command(tmp_path, "squeeze", folder, "--dry-run", "--rank", 3, "--each")
     assert "q_proj x 2" in summary.out and "layers.0.q_proj" not in summary.out
     assert all(name in each.out for name in SHAPES)
+
+
+def test_the_energy_of_a_line_is_that_of_its_modules_together(tmp_path: Path) -> None:
+    """Where one of them is small, the mean over modules would say something else, beside the error of all."""
+    tensors = plain_tensors()
+    tensors[f"{PREFIX}layers.1.q_proj.lora_B.weight"] *= 1e-3
+    tensors[f"{PREFIX}layers.1.q_proj.lora_A.weight"][1:] *= 1e-3
+    folder = write_folder(tmp_path / "in", tensors)
+    run = command(tmp_path, "squeeze", folder, "--dry-run", "--rank", 3)
+    rows = [row for row in lora_squeeze.load(folder).squeeze(rank=3).report.rows if "q_proj" in row.name]
+    kept = 1 - sum(row.discarded**2 for row in rows) / sum(row.norm**2 for row in rows)
+    least = min(row.energy for row in rows)
+    assert abs(kept - sum(row.energy for row in rows) / 2) > 1e-3
+    assert f"{kept:.2%} (least {least:.2%})" in run.out and f"{(1 - kept) ** 0.5:.4f}" in run.out
+
+
+@pytest.mark.parametrize("rank", [3, RANK])
+def test_rounding_is_told_where_the_dtype_is_too_narrow(tmp_path: Path, rank: int) -> None:
+    folder = write_folder(tmp_path / "in", {key: t * 1e-6 for key, t in plain_tensors().items()})
+    told = r"rounding to 16 bits adds an error of 0\.\d{4}, 0\.\d{4} in layers.*: ask for dtype float32"
+    for dtype, found in (("float16", True), ("bfloat16", False)):
+        request = ("-o", tmp_path / "out", "--rank", rank, "--dtype", dtype, "--force")
+        run = command(tmp_path, "squeeze", folder, *request)
+        assert run.code == 0 and bool(re.search(told, run.out)) == found, run.out
 
 
 @pytest.mark.parametrize(
@@ -159,6 +185,24 @@ def test_carried_tensors_are_named_with_their_cause(tmp_path: Path) -> None:
     assert re.search(r"embedding 2.4 kB: PEFT saves", command(tmp_path, "inspect", folder).out)
 
 
+@pytest.mark.parametrize("copies", [0, 1, 2])
+def test_inspect_names_the_way_to_leave_out_copies_of_the_base(tmp_path: Path, copies: int) -> None:
+    (tmp_path / "base").mkdir()
+    base = {"embed_tokens.weight": torch.ones(30, 20), "lm_head.weight": torch.ones(30, 20)}
+    safetensors.torch.save_file(base, tmp_path / "base" / "model.safetensors")
+    carried = {f"{PREFIX}{name}": t + (i >= copies) for i, (name, t) in enumerate(base.items())}
+    folder = write_folder(tmp_path / "in", plain_tensors() | carried)
+    run = command(tmp_path, "inspect", folder, "--base", tmp_path / "base")
+    call = "lora-squeeze convert ADAPTER --to peft --without-extras -o OUT"
+    told = {1: f"1 of the 2 tensors .*{call} leaves out all of them", 2: f"all that it carries .*{call}"}
+    assert run.out.count("can be dropped") == copies
+    assert re.search(told[copies], run.out) if copies else call not in run.out
+    if copies == 2:
+        words = call.replace("ADAPTER", str(folder)).replace("OUT", str(tmp_path / "out")).split()[1:]
+        assert command(tmp_path, *words).code == 0
+        assert len(safetensors.torch.load_file(tmp_path / "out" / WEIGHTS)) == 2 * len(SHAPES)
+
+
 # --- refusals and usage ---------------------------------------------------------------------------------------------
 
 
@@ -174,7 +218,7 @@ def test_carried_tensors_are_named_with_their_cause(tmp_path: Path) -> None:
         (("--rank", 3, "--dtype", "int8"), "dtype must be one of .*torch.float16, got torch.int8"),
         (("--rank", 3, "--dtype", "spooky"), "dtype 'spooky' is not known; choose float32, float16 or bfloat16"),
         (("--rank", 3, "--dtype", "nn"), "dtype 'nn' is not known"),
-        (("--rank", 3, "--min-rank", 5, "--max-rank", 4), "impossible limits: min_rank 5, max_rank 4"),
+        (("--energy", 0.9, "--min-rank", 5, "--max-rank", 4), "impossible limits: min_rank 5, max_rank 4"),
     ],
 )  # fmt: skip
 def test_a_refused_request_is_one_line_and_exit_code_1(
@@ -246,6 +290,50 @@ def test_a_reader_that_stops_reading_is_no_error() -> None:
     assert done.stderr == "code 0\n"
 
 
+@pytest.mark.parametrize("unbuffered", [True, False])
+@pytest.mark.parametrize("more", [(), ("--json",)])
+@pytest.mark.parametrize("name", ["squeeze", "inspect"])
+def test_a_full_disk_behind_standard_output_is_one_line(
+    folder: Path, tmp_path: Path, name: str, more: tuple[str, ...], unbuffered: bool
+) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("a file of Linux")
+    squeeze = ("-o", str(tmp_path / "out"), "--rank", "3") if name == "squeeze" else ()
+    words = (name, str(folder), *squeeze, *more)
+    assert with_output("/dev/full", tmp_path / "err", *words, unbuffered=unbuffered) == 1
+    err = (tmp_path / "err").read_text()
+    assert re.fullmatch(r"lora-squeeze: cannot write \(No space .*\n", err), err
+    assert (tmp_path / "out" / WEIGHTS).exists() == (name == "squeeze")
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_without_a_standard_output_the_work_is_done(folder: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    words = ("squeeze", str(folder), "-o", str(tmp_path / "out"), "--rank", "3", *more)
+    assert with_output(None, tmp_path / "err", *words) == 0
+    assert (tmp_path / "err").read_text() == "" and config_of(tmp_path / "out")["r"] == 3
+
+
+def with_output(out: str | None, err: Path, *words: str, unbuffered: bool = False) -> int:
+    """Exit code of the command in a fork, as the interpreter would have it at its end; None: no standard output."""
+
+    def child() -> None:
+        sys.argv = ["lora-squeeze", *words]
+        sys.stdout = None if out is None else open(out, "w")  # noqa: SIM115
+        if unbuffered:
+            sys.stdout.reconfigure(write_through=True)
+        code: Any = 0
+        with err.open("w") as sys.stderr:
+            try:
+                main()
+            except SystemExit as stop:
+                code = stop.code or 0
+            if out is not None:
+                sys.stdout.flush()
+        os._exit(code)
+
+    return in_child(child)
+
+
 # --- help -----------------------------------------------------------------------------------------------------------
 
 
@@ -287,5 +375,12 @@ def test_an_interruption_is_one_line_and_its_own_exit_code(
     monkeypatch.setattr("lora_squeeze.hub.load", interrupted)
     run = command(tmp_path, "squeeze", folder, "-o", tmp_path / "out", "--rank", 2)
     assert (run.code, run.out) == (130, "")
-    assert run.err.strip() == "lora-squeeze: interrupted; nothing was written"
+    assert run.err.strip() == "lora-squeeze: interrupted; an output is there as a whole or not at all"
     assert not (tmp_path / "out").exists()
+
+
+def test_statistics_are_written_under_a_name_that_calibrate_knows(folder: Path, tmp_path: Path) -> None:
+    """Refused before any work: the examples are not there."""
+    words = ["calibrate", str(folder), "none.jsonl", "-o", str(tmp_path / "statistics")]
+    result = runner.invoke(app, words, env={"COLUMNS": "200"})
+    assert result.exit_code == 2 and "the name must end in .safetensors" in result.output

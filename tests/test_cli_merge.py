@@ -146,6 +146,25 @@ def test_rank_up_pads(three: list[Adapter], tmp_path: Path) -> None:
         assert (read_dense(tmp_path / "out", name) - dense(three[1], name)).abs().max() < 1e-6
 
 
+DIALS: list[tuple[list[object], dict[str, Any]]] = [
+    (["--rank", 4, "--allocate", "global"], {"rank": 4, "allocate": "global"}),
+    (["--energy", 0.9, "--multiple-of", 4, "--same-rank-per", "type"],
+     {"energy": 0.9, "multiple_of": 4, "same_rank_per": "type"}),
+    (["--params", 900, "--ranks", "2,4"], {"params": 900, "ranks": (2, 4)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "dials"), DIALS, ids=str)
+@pytest.mark.parametrize("command", ["merge", "subtract"])
+def test_every_dial_does_what_the_library_does(
+    three: list[Adapter], tmp_path: Path, command: str, words: list[object], dials: dict[str, Any]
+) -> None:
+    found = json.loads(run(command, *folders(tmp_path)[:2], *words, "--dry-run", "--json").stdout)
+    expected = merge(three[:2], [1, 1 if command == "merge" else -1], **dials)
+    ranks = {row["name"]: row["rank_after"] for row in found["modules"]}
+    assert ranks == {row.name: row.rank_after for row in expected.report.rows}
+
+
 @pytest.mark.parametrize("command", ["merge", "subtract", "rank-up"])
 def test_help_explains_every_option(command: str) -> None:
     done = run(command, "--help")

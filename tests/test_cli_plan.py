@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import typer
-from adapter_cases import CONFIG, RANK, SHAPES, WEIGHTS, write_folder
+from adapter_cases import CONFIG, RANK, SHAPES, WEIGHTS, plain_config, plain_tensors, write_folder
 from command_cases import Run, command
 from folder_cases import start, tree
 from pool_cases import alive
@@ -65,6 +65,16 @@ def test_a_plan_is_written_edited_and_obeyed(folder: Path, tmp_path: Path, name:
     assert ranks(tmp_path / "out") == Plan.load(path).ranks == made.ranks | {one: 7} != made.ranks
 
 
+def test_squeeze_tells_that_a_plan_was_made_for_another_file(folder: Path, tmp_path: Path) -> None:
+    tensors = {key: 2 * tensor for key, tensor in plain_tensors().items()}
+    write_folder(tmp_path / "other", tensors)
+    path, told = tmp_path / "plan.toml", "the plan was made for another file"
+    command(tmp_path, "plan", folder, "--rank", 3, "-o", path)
+    for name, expected in (("in", False), ("other", True)):
+        run = command(tmp_path, "squeeze", tmp_path / name, "--plan", path, "-o", tmp_path / f"{name}-out")
+        assert run.code == 0 and (told in run.out) is expected, run.err
+
+
 def test_without_a_file_a_plan_is_shown(folder: Path, tmp_path: Path) -> None:
     before = tree(tmp_path)
     run, each = (command(tmp_path, "plan", folder, "--energy", 0.9, *more) for more in ((), ("--each",)))
@@ -75,6 +85,14 @@ def test_without_a_file_a_plan_is_shown(folder: Path, tmp_path: Path) -> None:
     found = json.loads(data.out)
     assert {name: row["rank"] for name, row in found["modules"].items()} == made.ranks
     assert found["totals"] == made.totals and found["adapter"] == str(folder)
+
+
+def test_kinds_are_named_without_bare_numbers(tmp_path: Path) -> None:
+    shapes = {"0.attn.to_out.0": (24, 20), "0.ff.net.0": (24, 20), "1.attn.to_out.0": (24, 20)}
+    config = plain_config(target_modules=["to_out.0", "net.0"])
+    folder = write_folder(tmp_path / "in", plain_tensors(shapes), config)
+    out = command(tmp_path, "plan", folder, "--rank", 3).out
+    assert "to_out.0 x 2" in out and "net.0" in out
 
 
 @pytest.mark.parametrize(
@@ -282,7 +300,7 @@ def options_of(name: str) -> dict[str, Any]:
     return {parameter.name: parameter for parameter in group.commands[name].params}
 
 
-@pytest.mark.parametrize("name", ["plan", "search", "squeeze"])
+@pytest.mark.parametrize("name", ["plan", "search", "squeeze", "merge", "subtract", "convert"])
 def test_every_option_has_a_help_text(name: str) -> None:
     for option, parameter in options_of(name).items():
         if option != "help":
@@ -292,6 +310,9 @@ def test_every_option_has_a_help_text(name: str) -> None:
 def test_the_commands_offer_every_argument_of_the_library() -> None:
     dials = set(Dials.__dataclass_fields__)
     assert dials <= options_of("plan").keys() and dials | {"plan"} <= options_of("squeeze").keys()
+    assert all(
+        dials - {"sv_ratio", "sv_cumulative", "sv_fro"} <= options_of(name).keys() for name in ("merge", "convert")
+    )
     ours = set(inspect.signature(search).parameters) - {"name", "source", "tell"}
     assert ours <= options_of("search").keys()
 

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -192,6 +194,17 @@ def test_an_adapter_minus_itself_is_zero(three: list[Adapter], tmp_path: Path) -
         assert float(read_dense(tmp_path / "out", name).norm()) <= 1e-6 * float(dense(three[0], name).norm())
 
 
+def test_modules_that_did_not_change_need_no_rank(tmp_path: Path) -> None:
+    start = made(tmp_path / "start", 3, 1)
+    tensors = safetensors.torch.load_file(tmp_path / "start" / WEIGHTS)
+    moved = next(iter(SHAPES))
+    tensors[f"{PREFIX}{moved}.lora_B.weight"] *= 1.001
+    trained = lora_squeeze.load(write_folder(tmp_path / "trained", tensors, plain_config(r=3)))
+    change = subtract(trained, start, energy=0.9)
+    assert list(change.modules) == [moved] and residual(change.report).module == moved
+    assert [row.norm > 0 for row in change.report.rows] == [row.name == moved for row in change.report.rows]
+
+
 def test_memory_is_that_of_one_batch(three: list[Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a batch of one module, no source is asked for more than one at a time."""
     monkeypatch.setattr(adapter_module, "BATCH_BYTES", 1)
@@ -236,6 +249,26 @@ def test_weights_by_module_take_the_first_pattern_that_matches(three: list[Adapt
     assert both.modules["layers.1.q_proj"].rank == RANKS[1], "a weight of zero costs no rank"
 
 
+def test_numbers_of_other_libraries_are_numbers(three: list[Adapter], tmp_path: Path) -> None:
+    """In a process without this suite's type checker, which lets only some of them pass."""
+    code = f"""
+import numpy as np
+import torch
+import lora_squeeze
+from lora_squeeze.combine import merge, rank_up
+three = [lora_squeeze.load(f"in {{i}}") for i in range(3)]
+plain = merge(three, {NUMBERS})
+for numbers in (np.array({NUMBERS}), torch.tensor({NUMBERS}, dtype=torch.float64), list(np.array({NUMBERS}))):
+    both = merge(three, numbers)
+    assert both.history == plain.history
+    assert all(torch.equal(both.update(name).B, plain.update(name).B) for name in plain.modules)
+rank_up(three[0], np.int64(20)).save("wide")
+assert lora_squeeze.load("wide").rank == 20
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_module_without_weight_becomes_zero(three: list[Adapter], tmp_path: Path) -> None:
     merge(three, {"*.v_proj": 0, "default": 1}, rank=4).save(tmp_path / "out")
     assert not read_dense(tmp_path / "out", "layers.0.v_proj").any()
@@ -257,6 +290,8 @@ def test_a_file_says_the_same(three: list[Adapter], tmp_path: Path, name: str) -
         ([1.0], "weights: 1 numbers for 3 adapters; give one per adapter"),
         ([0.0, 0.0, 0.0], "all weights are zero, which leaves nothing to add"),
         ({"default": 0}, "all weights are zero, which leaves nothing to add"),
+        ([1.0, 10**400, 1.0], "weights must be finite numbers, one per adapter"),
+        ([1.0, True, 1.0], "weights must be finite numbers, one per adapter"),
         ([1.0, math.nan, 1.0], "weights must be finite numbers, one per adapter"),
         ({"default": [1, 2]}, "weights of 'default': 2 numbers for 3 adapters"),
         ({"default": [1, 2, 3], "*.k_proj": 1}, "weights of '*.k_proj': no module has such a name; names are like"),

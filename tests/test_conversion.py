@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -13,8 +14,9 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from adapter_cases import dense
+from adapter_cases import WEIGHTS, dense, plain_tensors, write_folder
 from command_cases import command
+from folder_cases import tree
 from gguf_cases import read_gguf
 from peft_cases import CASES
 from peft_models import Case, adapted, deltas, randomise, reload, save, seeded
@@ -377,17 +379,56 @@ def test_adapters_of_several_formats_are_added_up(tmp_path: Path, base: Path) ->
         found = lora_squeeze.load(tmp_path / f"sum of {to}")
         assert found.format.name == "peft"
         assert_same(updates(found), expected, 1e-5)
-        with pytest.raises(
-            LoraSqueezeError, match=r"is what one of the adapters is read from|exists and is not a folder"
-        ):
+        with pytest.raises(LoraSqueezeError, match=r"that the adapter is read from|exists and is not a folder"):
             result.save(place(tmp_path, to), force=True)
     with pytest.raises(LoraSqueezeError, match="--base"):
         lora_squeeze.merge([one, other])
 
 
+def test_no_source_of_a_difference_is_written_over(tmp_path: Path) -> None:
+    write_folder(tmp_path / "trained", {key: 2 * tensor for key, tensor in plain_tensors().items()})
+    write_folder(tmp_path / "initial")
+    difference = lora_squeeze.subtract(*(lora_squeeze.load(tmp_path / name) for name in ("trained", "initial")))
+    for found, path in (
+        (convert(difference, "mlx", rank=2), tmp_path / "initial"),
+        (convert(difference, "diffusers", component="unet", rank=2), tmp_path / "initial" / WEIGHTS),
+    ):
+        before = tree(tmp_path)
+        with pytest.raises(LoraSqueezeError, match="that the adapter is read from"):
+            found.save(path, force=True)
+        assert tree(tmp_path) == before
+
+
 def test_the_source_of_a_conversion_is_never_written(tmp_path: Path, source: Path) -> None:
     with pytest.raises(LoraSqueezeError, match="is the folder that the adapter is read from"):
         convert(lora_squeeze.load(source), "mlx").save(source, force=True)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya", "gguf"])
+def test_a_file_of_the_source_is_not_replaced(tmp_path: Path, base: Path, to: str) -> None:
+    if to == "gguf":
+        adapter = lora_squeeze.load(save(adapted(PLAIN), tmp_path / "source"))
+        result = convert(adapter, to, base=base)
+    else:
+        convert(lora_squeeze.load(write_image_adapter(tmp_path / "a.safetensors")), "peft", component="unet").save(
+            tmp_path / "source"
+        )
+        adapter = lora_squeeze.load(tmp_path / "source")
+        whole = convert(adapter, "diffusers", component="unet")
+        result = whole if to == "diffusers" else convert(whole, to, architecture="sd1")
+    target = tmp_path / "source" / "adapter_model.safetensors"
+    before = target.read_bytes()
+    with pytest.raises(LoraSqueezeError, match="is a file of the folder that the adapter is read from"):
+        result.save(target, force=True)
+    assert target.read_bytes() == before
+    for _ in range(2):
+        result.save(tmp_path / "source" / "exports" / "new", force=True)
+
+
+def test_the_base_that_is_named_stands_in_the_configuration(tmp_path: Path, source: Path) -> None:
+    adapter = lora_squeeze.load(source)
+    for base, name in ((None, adapter.config["base_model_name_or_path"]), ("org/model", "org/model")):
+        assert convert(adapter, "peft", base=base).config["base_model_name_or_path"] == name
 
 
 def test_the_command_converts_and_tells(tmp_path: Path, base: Path, source: Path) -> None:
@@ -406,6 +447,24 @@ def test_the_command_converts_and_tells(tmp_path: Path, base: Path, source: Path
     assert (run.code, run.out) == (1, "") and "--base" in run.err and not (tmp_path / "none").exists()
     run = command(tmp_path, "convert", source, "--to", "mlx")
     assert run.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "dials"),
+    [
+        (["--rank", 3, "--allocate", "global"], {"rank": 3, "allocate": "global"}),
+        (["--energy", 0.9, "--min-rank", 2, "--multiple-of", 2, "--same-rank-per", "type"],
+         {"energy": 0.9, "min_rank": 2, "multiple_of": 2, "same_rank_per": "type"}),
+        (["--energy", 0.9, "--ranks", "2,4"], {"energy": 0.9, "ranks": (2, 4)}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_dial_of_the_command_is_that_of_the_library(
+    tmp_path: Path, source: Path, words: list[Any], dials: dict[str, Any]
+) -> None:
+    found = json.loads(command(tmp_path, "convert", source, "--to", "peft", *words, "--dry-run", "--json").out)
+    expected = convert(lora_squeeze.load(source), "peft", **dials).report
+    assert {row["name"]: row["rank_after"] for row in found["modules"]} == {r.name: r.rank_after for r in expected.rows}
 
 
 IMAGE = {
@@ -525,6 +584,20 @@ def test_options_of_extraction_are_refused_elsewhere(tmp_path: Path, source: Pat
 
     with pytest.raises(LoraSqueezeError, match="is no fine-tuned model"):
         open_source(source, carry=True)
+
+
+def test_a_folder_inside_is_that_of_the_trained_adapter_of_a_pair(tmp_path: Path) -> None:
+    from lora_squeeze.sources import open_source
+
+    for seed, name in enumerate(("multi", "multi/style", "initial")):
+        model = peft.get_peft_model(seeded(base_model), peft.LoraConfig(r=3, target_modules=["q_proj"]))
+        randomise(model, 0.1 * (seed + 1))
+        save(model, tmp_path / name)
+    trained, initial = (updates(lora_squeeze.load(tmp_path / name)) for name in ("multi/style", "initial"))
+    pair = open_source(tmp_path / "multi", initial=tmp_path / "initial", subfolder="style")
+    assert_same(updates(pair), {name: dW - initial[name] for name, dW in trained.items()})
+    with pytest.raises(LoraSqueezeError, match=r"nowhere: no adapter_config\.json"):
+        open_source(tmp_path / "multi", initial=tmp_path / "initial", subfolder="nowhere")
 
 
 def test_energy_is_of_the_whole_difference_where_layers_are_joined_and_split(tmp_path: Path) -> None:

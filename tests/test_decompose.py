@@ -151,6 +151,20 @@ def test_factors_that_cancel_each_other_lose_nothing(method: str) -> None:
     assert error < 3e-6, f"{method}: {error:.1e}"
 
 
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("size", [(40, 30, 6), (40, 30, 1), (64, 48, 24)])
+def test_equal_updates_cancel_to_nothing(method: str, size: tuple[int, int, int]) -> None:
+    """Whatever order and scale their directions have."""
+    B, A = factors(*size, "steps")
+    order = torch.randperm(B.shape[1], generator=torch.Generator().manual_seed(3))
+    found = LowRank(torch.cat([B, -2 * B[:, order]], 1), torch.cat([A, A[order] / 2]), 1.5).decompose(method)
+    assert not found.S.any() and not found.total.any(), found.S.max()
+    changed = B.clone()
+    changed[0, 0] += 1e-6 * B.abs().max()
+    S = LowRank(torch.cat([changed, -B], 1), torch.cat([A, A])).decompose(method).S
+    assert int((S > 0).sum()) == 1, S
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("side", ["B", "A"])
@@ -159,6 +173,15 @@ def test_nan_and_infinity_are_refused(method: str, value: float, side: str) -> N
     (B if side == "B" else A)[1, 2] = value
     with pytest.raises(LoraSqueezeError, match=rf"factor {side} holds NaN or infinity.*use an earlier checkpoint"):
         decompose(B, A, method=method)  # type: ignore[arg-type]
+
+
+def test_a_seed_that_no_generator_takes_is_refused() -> None:
+    B, A = factors(12, 10, 4)
+    for seed in (-(2**63), 2**64 - 1):
+        decompose(B, A, method="rsvd", rank=2, seed=seed)
+    for seed in (-(2**63) - 1, 2**64):
+        with pytest.raises(LoraSqueezeError, match=f"seed must be a whole number of at most 64 bits, got {seed}"):
+            decompose(B, A, method="rsvd", rank=2, seed=seed)
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones() -> None:

@@ -245,6 +245,17 @@ def test_a_member_that_fails_stops_no_other(root: Path) -> None:
     )
 
 
+def test_a_member_that_cannot_be_copied_fails_alone(root: Path) -> None:
+    """One scale is written for all modules: there that of one module cannot go into its factors."""
+    large = {key: (t * 3e4 / t.abs().max()).half() for key, t in plain_tensors(SHAPES, RANKS["team/b"]).items()}
+    changes = {"base_model_name_or_path": BASE, "alpha_pattern": {"v_proj": 1e8}}
+    write_folder(root / "team/b", large, plain_config(r=RANKS["team/b"], **changes))
+    report = run(root)
+    assert states(report) == {"c": "written", "team/a": "written", "team/b": "failed"}
+    assert "v_proj: the factors hold NaN or infinity, or do not fit in torch.float16" in report.failed[0].reason
+    assert not (root.parent / "out" / "team" / "b").exists()
+
+
 def test_a_member_that_cannot_be_written_fails_alone(root: Path) -> None:
     large = {key: tensor * 1e5 for key, tensor in plain_tensors(SHAPES, RANKS["c"]).items()}
     write_folder(root / "c", large, plain_config(r=RANKS["c"], base_model_name_or_path=BASE))

@@ -1,5 +1,6 @@
 """GGUF adapters: what is read is what llama.cpp computes, what is written is read as the same update there."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from adapter_cases import tail
+from adapter_cases import tail, write_folder
 from factor_cases import quick
 from folder_cases import tree
 from gguf import GGMLQuantizationType as Kind
@@ -28,9 +29,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import lora_squeeze
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.formats import gguf_lora
+from lora_squeeze.formats import gguf_lora, to_gguf
+from lora_squeeze.formats.gguf_names import open_gguf_base
 
 STEPS = "lora_squeeze.history"
 ALPHA_KEY = "adapter.lora.alpha"
@@ -102,6 +105,17 @@ def test_a_copy_has_the_same_update_bit_for_bit_and_all_fields(
     assert all(torch.equal(tensors[key], expected[key]) for key in expected)
     for name in NAMES:
         assert torch.equal(definition(tmp_path / "copy.gguf", name), definition(source, name))
+
+
+def test_an_adapter_of_repeated_layers_is_refused(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]}
+    adapter = lora_squeeze.load(write_folder(tmp_path / "in", config=config))
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **sizes}))
+    with pytest.raises(
+        LoraSqueezeError, match=r"layer_replication: .* llama\.cpp would add its updates to other layers"
+    ):
+        to_gguf.adopt(adapter, open_gguf_base(tmp_path))
 
 
 @pytest.mark.parametrize("alpha", ["keep", "fold"])

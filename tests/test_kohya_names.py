@@ -9,6 +9,7 @@ import torch
 from adapter_cases import dense
 from kohya_cases import write_kohya
 from kohya_names_cases import (
+    SD_BLOCKS,
     clip,
     flux,
     kohya_file,
@@ -186,7 +187,7 @@ def test_original_names_of_a_unet_are_those_of_a_converted_checkpoint(tmp_path: 
     names = {f"lora_unet_{x.name.replace('.', '_')}": x for x in written(architecture, "unet").values()}
     prefix = "model.diffusion_model."
     same_as_base_weights(
-        tmp_path, names, lambda _: WIDTH, WIDTH, lambda c: convert_ldm_unet_checkpoint(c, config), prefix
+        tmp_path, names, lambda _: WIDTH, 9 * WIDTH, lambda c: convert_ldm_unet_checkpoint(c, config), prefix
     )
 
 
@@ -363,6 +364,80 @@ def test_a_convolution_and_a_text_encoder_keep_what_is_known_of_them(tmp_path: P
         assert (new.kind, new.kernel, new.scale, new.rank) == (old.kind, old.kernel, old.scale, old.rank)
         assert torch.equal(dense(after, target), dense(before, name))
     assert after.source.digest() == before.source.digest()
+
+
+@pytest.mark.parametrize("place", ["sd1.unet", "sd2.unet", "sdxl.unet", "sd3.transformer"])
+def test_the_kernels_are_those_of_the_real_layers(place: str) -> None:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        sd2 = UNet2DConditionModel(block_out_channels=(4, 8, 16, 16), use_linear_projection=True, **SD_BLOCKS)
+        real = [layers(sd2) if place == "sd2.unet" else layers(make()) for make in REAL[place][:2]]
+    shapes = {path: shape for each in real for path, shape in each.items()}
+    known = {target: layer.kernel for layer in written(*place.split(".")).values() for target in layer.targets}
+    assert {path: known[path] for path in shapes} == {path: shape[2:] for path, shape in shapes.items()}
+
+
+def flat(name: str, out: int, columns: int, form: str = "LoHa") -> dict[str, Tensor]:
+    """An update that does not show whether it is one of a convolution."""
+    if form == "plain":
+        return pair(name, torch.randn(out, 2), torch.randn(2, columns))
+    if form == "LoKr":
+        parts = {"lokr_w1": (2, 2), "lokr_w2_a": (out // 2, 2), "lokr_w2_b": (2, columns // 2)}
+    else:
+        parts = {f"hada_w{i}_{side}": (out, 2) if side == "a" else (2, columns) for i in (1, 2) for side in "ab"}
+    return {f"{name}.{role}": torch.randn(shape) for role, shape in parts.items()}
+
+
+@pytest.mark.parametrize("form", ["LoHa", "LoKr", "plain"])
+def test_a_kernel_that_the_file_does_not_show_is_that_of_the_layer(tmp_path: Path, form: str) -> None:
+    from diffusers import UNet2DConditionModel
+    from peft import PeftModel
+
+    from lora_squeeze.conversion import convert
+
+    shapes = {
+        f"down_blocks.1.{path}": shape
+        for path, shape in {
+            "resnets.0.conv1": (8, 4 * 9),
+            "resnets.0.conv_shortcut": (8, 4),
+            "downsamplers.0.conv": (8, 8 * 9),
+            "attentions.0.transformer_blocks.0.attn1.to_q": (8, 8),
+        }.items()
+    }
+    tensors: dict[str, Tensor] = {}
+    for path, shape in shapes.items():
+        tensors |= flat(f"lora_unet_{path.replace('.', '_')}", *shape, form=form)
+    before = load(tmp_path / "file.safetensors", tensors)
+    convert(before, "peft", component="unet").save(tmp_path / "peft")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(block_out_channels=(4, 8, 16, 16), **SD_BLOCKS)
+    model = PeftModel.from_pretrained(unet, str(tmp_path / "peft"))
+    for path in shapes:
+        dW = model.base_model.model.get_submodule(path).get_delta_weight("default").detach().flatten(1)
+        torch.testing.assert_close(
+            dW.double(), dense(before, f"lora_unet_{path.replace('.', '_')}"), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_layer_that_is_a_convolution_in_one_architecture_needs_it_told_where_the_file_does_not_show_it(
+    tmp_path: Path,
+) -> None:
+    name, target = "lora_unet_down_blocks_1_attentions_0_proj_in", "unet.down_blocks.1.attentions.0.proj_in"
+    adapter = load(tmp_path / "loha.safetensors", flat(name, 8, 8))
+    with pytest.raises(
+        LoraSqueezeError, match=f"'{name}' is a convolution in sd1 and a linear layer in sd2, .*--architecture"
+    ):
+        neutral(adapter)
+    found = [neutral(adapter, which).modules[target] for which in ("sd1", "sd2", "sdxl")]
+    assert [(module.kind, module.kernel) for module in found] == [("conv", (1, 1)), ("linear", ()), ("linear", ())]
+    assert neutral(load(tmp_path / "plain.safetensors", flat(name, 8, 8, "plain"))).modules[target].kernel == ()
+
+
+def test_a_width_that_no_kernel_divides_is_refused(tmp_path: Path) -> None:
+    adapter = load(tmp_path / "file.safetensors", flat("lora_unet_down_blocks_1_resnets_0_conv1", 8, 35))
+    with pytest.raises(LoraSqueezeError, match="has 35 columns, which are no multiple of the kernel 3 x 3"):
+        neutral(adapter)
 
 
 def test_only_layers_that_are_taken_apart_are_read_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

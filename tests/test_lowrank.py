@@ -1,6 +1,7 @@
 """LowRank: truncation and the algebra of updates, against dense float64 matrices."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -190,6 +191,20 @@ def test_with_scale_moves_the_scale_into_B(dtype: torch.dtype) -> None:
     assert apart(given, given.with_scale(2.0)) <= torch.finfo(dtype).eps
     assert given.with_scale(2.0).A is given.A and given.with_scale(-0.3) is given
     assert given.with_scale(2.0).dtype == dtype
+
+
+@pytest.mark.parametrize("source", [torch.float16, torch.float32], ids=str)
+def test_a_small_scale_in_float16_costs_no_digits(source: torch.dtype) -> None:
+    """B times 1 / 128 would be below the numbers that float16 has with all digits."""
+    g = torch.Generator().manual_seed(3)
+    B, A = torch.randn(48, 16, generator=g) * 3e-4, torch.randn(16, 40, generator=g) / 28
+    given = LowRank(B.to(source), A.to(source), 1 / 128)
+    written = given.with_scale(1.0, torch.float16)
+    assert apart(given, written) <= 2 * torch.finfo(torch.float16).eps
+    power = given.A.float().abs().max() / written.A.float().abs().max()
+    assert float(power.log2()) == pytest.approx(round(float(power.log2())), abs=1e-3)
+    for zero in (replace(given, B=given.B * 0), replace(given, scale=0.0)):
+        assert torch.equal(zero.with_scale(1.0, torch.float16).A, given.A.half())
 
 
 def test_dense_is_the_matrix() -> None:

@@ -96,6 +96,7 @@ CASES: dict[str, tuple[str, Any, tuple[int, ...], int]] = {
     "lokr conv": (lycoris.LOKR, lambda: lokr(None, None, KERNEL), (), 8),
     "lokr conv flat": (lycoris.LOKR, lambda: lokr(None, 2, KERNEL), (2,), 4),
     "lokr conv tucker": (lycoris.LOKR, lambda: lokr(None, 2, KERNEL, core=True), (2,), 4),
+    "lokr conv tucker of rank 1": (lycoris.LOKR, lambda: lokr(None, 1, KERNEL, core=True), (1,), 2),
     "full tall": (lycoris.FULL, lambda: {"diff": random(OUT, IN)}, (), IN),
     "full wide": (lycoris.FULL, lambda: {"diff": random(IN, OUT)}, (), IN),
     "full conv": (lycoris.FULL, lambda: {"diff": random(OUT, 2, 1, 3)}, (), 6),

@@ -25,9 +25,10 @@ from mlx_cases import (
 )
 from torch import Tensor
 
+import lora_squeeze
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.formats import mlx
+from lora_squeeze.formats import mlx, to_mlx
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -64,6 +65,31 @@ def test_a_copy_has_the_same_bits_keys_and_settings(tmp_path: Path, dtype: torch
     assert config == before
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[key], expected[key]) and tensors[key].dtype == dtype for key in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_dtype_that_mlx_does_not_have_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    adapter = mlx.load(write_mlx(tmp_path / "source", mlx_tensors(dtype=dtype)))
+    with pytest.raises(LoraSqueezeError, match=f"MLX cannot read factors of {dtype}; .*--dtype float16"):
+        adapter.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    adapter.squeeze(rank=2, dtype=torch.float16).save(tmp_path / "out")
+
+
+def test_a_model_card_that_is_a_link_out_of_the_folder_is_not_copied(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("private")
+    (source / "README.md").symlink_to("../secret")
+    adapter = mlx.load(source)
+    assert "README.md: a link that leads out of the folder; it is not copied" in adapter.notes
+    adapter.save(tmp_path / "out")
+    assert all("private" not in path.read_text(errors="replace") for path in (tmp_path / "out").iterdir())
+
+
+def test_an_adapter_of_repeated_layers_is_refused(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]}
+    adapter = lora_squeeze.load(write_folder(tmp_path / "in", config=config))
+    with pytest.raises(LoraSqueezeError, match=r"layer_replication: .* mlx-lm would add its updates to other layers"):
+        to_mlx.adopt(adapter)
 
 
 @pytest.mark.parametrize("alpha", ["keep", "fold"])

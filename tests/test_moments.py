@@ -345,6 +345,8 @@ def test_requests_that_make_no_sense_are_refused() -> None:
         weighted_truncation(problem.moments, G * math.nan, H, 2)
     with pytest.raises(LoraSqueezeError, match=r"moments hold NaN or infinity: the loss diverged.*collect them again"):
         Moments(eye, eye * math.inf, 1.0)
+    with pytest.raises(LoraSqueezeError, match="moments hold NaN or infinity"):
+        Moments(eye, eye, 1.0, eye * math.nan)
 
 
 def test_moments_of_another_rank_are_refused() -> None:
@@ -355,11 +357,13 @@ def test_moments_of_another_rank_are_refused() -> None:
     )
     with pytest.raises(LoraSqueezeError, match=text):
         module._check(Moments(eye, eye, 1.0), *problem.gram, 2, 0.0)
-    for C, F in [(eye, eye[:2, :2]), (eye[:2], eye[:2]), (eye[0], eye[0])]:
+    for C, F, slope in [
+        (eye, eye[:2, :2], None), (eye[:2], eye[:2], None), (eye[0], eye[0], None), (eye, eye, eye[:2, :2])
+    ]:  # fmt: skip
         broken = object.__new__(Moments)
-        for name, value in (("C", C), ("F", F), ("rows", 1.0)):
+        for name, value in (("C", C), ("F", F), ("rows", 1.0), ("slope", slope)):
             object.__setattr__(broken, name, value)
-        with pytest.raises(LoraSqueezeError, match=r"moments do not fit: C is .*expected \(\.\.\., r, r\) for both"):
+        with pytest.raises(LoraSqueezeError, match=r"moments do not fit: C is .*expected \(\.\.\., r, r\) for all"):
             broken.__post_init__()
 
 

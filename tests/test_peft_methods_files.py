@@ -10,8 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 from peft.tuners.lora.variants import QALoraLinearVariant
-from peft_cases import Grouped, gpt2, llama
-from peft_methods_cases import METHODS, made, on_base, outputs, quiet
+from peft_cases import Grouped, gpt2, llama, tied_llama
+from peft_methods_cases import METHODS, Method, made, on_base, outputs, quiet
 from peft_models import read_config, save, seeded, tensors, write_config
 from torch import nn
 
@@ -121,6 +121,16 @@ def test_a_dora_reads_of_the_base_only_the_weights_that_it_adapts(tmp_path, monk
     assert read == [f"{name}.weight"]
 
 
+def test_the_weight_of_a_tied_head_is_that_of_the_embedding(tmp_path):
+    """Which alone is in the files of the model."""
+    method = Method(lambda: peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], use_dora=True), tied_llama)
+    adapter = made(method, tmp_path / "adapter")
+    base = open_base(on_disk(method.base, tmp_path / "base"))
+    assert not [key for key in base.facts if "lm_head" in key]
+    found = peft_methods.load(tmp_path / "adapter", base=base)
+    assert torch.equal(found.update("lm_head").dense(), adapter.adapter.update("lm_head").dense())
+
+
 def test_a_base_model_in_memory_stays_as_it_is(tmp_path):
     for name in ("KaSA", "OSF", "FRoD"):
         adapter = made(METHODS[name], tmp_path / name)
@@ -154,6 +164,19 @@ def test_an_adapter_in_16_bits_is_computed_in_more_and_written_in_16(tmp_path):
     torch.testing.assert_close(found.update(name).dense().double(), expected, rtol=1e-5, atol=1e-6)
     found.save(tmp_path / "lora")
     assert {tensor.dtype for tensor in tensors(tmp_path / "lora").values()} == {torch.bfloat16}
+
+
+def test_files_beside_it_that_are_links_out_of_the_folder_are_not_copied(tmp_path):
+    folder = made(METHODS["LoHa"], tmp_path / "adapter").folder
+    (tmp_path / "secret").write_text("private")
+    for name in ("README.md", "tokenizer.json"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("../secret")
+    found = peft_methods.load(folder)
+    assert sum("a link that leads out of the folder; it is not copied" in note for note in found.notes) == 2
+    found.save(tmp_path / "lora")
+    assert "private" not in (tmp_path / "lora" / "README.md").read_text()
+    assert not (tmp_path / "lora" / "tokenizer.json").exists()
 
 
 # What a squeeze and the file say.

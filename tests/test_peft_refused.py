@@ -90,6 +90,7 @@ def plain(menagerie: Menagerie, tmp_path: Path) -> Path:
         ({"alpha_pattern": [4]}, ["alpha_pattern", "list"]),
         ({"target_modules": "q_(proj"}, ["target_modules", "q_(proj", "regular expression"]),
         ({"target_modules": {"q_proj": 1}}, ["target_modules", "list"]),
+        ({"exclude_modules": "q_(proj"}, ["exclude_modules", "q_(proj", "regular expression"]),
         ({"target_parameters": "experts"}, ["target_parameters", "list"]),
     ],
 )

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import tempfile
 import tomllib
 from collections.abc import Mapping
@@ -154,6 +156,32 @@ def test_a_plan_fits_another_adapter_of_the_same_modules_with_enough_rank(adapte
                 other.squeeze(plan=plan)
 
 
+def test_another_file_than_the_plan_was_made_for_is_told(adapter: Adapter, tmp_path: Path) -> None:
+    plan = make_plan(adapter, params=900)
+    other = lora_squeeze.load(write_folder(tmp_path / "other", {k: 2 * t for k, t in plain_tensors().items()}))
+    assert plan.note_for(adapter) is None and plan_of(plan.ranks).note_for(other) is None
+    assert (plan.note_for(other) or "").startswith("the plan was made for another file")
+
+
+@pytest.mark.parametrize(
+    "dials",
+    [
+        {"rank": 10**330}, {"params": 10**330}, {"size": 10**330}, {"rank": 3, "min_rank": 2**63}, {"max_rank": 2**63},
+        {"rank": 3, "multiple_of": 10**5000}, {"rank": 3, "ranks": (1, 2**63)},
+    ],
+    ids=["rank", "params", "size", "min_rank", "max_rank", "multiple_of", "ranks"],
+)  # fmt: skip
+def test_numbers_beyond_all_sense_are_refused(adapter: Adapter, dials: dict[str, Any]) -> None:
+    name = list(dials)[-1]
+    with pytest.raises(LoraSqueezeError, match=rf"{name} is too large: a number must be below 2\^63"):
+        adapter.squeeze(**dials)
+
+
+def test_a_rank_below_the_lowest_allowed_is_refused(adapter: Adapter) -> None:
+    with pytest.raises(LoraSqueezeError, match="rank 4 is below min_rank 6; change one of them"):
+        adapter.squeeze(rank=4, min_rank=6)
+
+
 def test_one_rule_only(adapter: Adapter) -> None:
     plan = make_plan(adapter, rank=3)
     with pytest.raises(LoraSqueezeError, match="give one rule: a plan says every rank, leave out energy, min_rank"):
@@ -213,6 +241,29 @@ def test_a_server_s_ranks_are_kept_to_even_where_fewer_directions_exist(tmp_path
     out = lora_squeeze.load(tmp_path / "out")
     assert ranks(out) == plan.ranks
     torch.testing.assert_close(dense(out, "v_proj"), dense(adapter, "v_proj"), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dials", [{}, {"same_rank_per": "type"}, {"multiple_of": 3}], ids=str)
+def test_ranks_beyond_the_directions_of_a_module_are_not_paid_for(tmp_path: Path, dials: dict[str, Any]) -> None:
+    """A head of two classes costs more per direction than all else, and has two of them."""
+    shapes = {"layers.0.q_proj": (24, 20), "layers.1.q_proj": (24, 20), "score": (2, 400)}
+    adapter = lora_squeeze.load(write_folder(tmp_path / "in", plain_tensors(shapes), plain_config()))
+    uniform = {rank: adapter.squeeze(rank=rank, **dials).parameters for rank in range(1, RANK + 1)}
+    for rank, parameters in uniform.items():
+        assert adapter.squeeze(rank=rank, allocate="global", **dials).parameters <= parameters
+        assert adapter.squeeze(params=parameters, allocate="uniform", **dials).parameters == parameters
+    assert make_plan(adapter, rank=4).modules["score"] == PlanRow(2, RANK, "all its directions", 0.0)
+
+
+def test_a_number_alone_is_no_type(tmp_path: Path) -> None:
+    shapes = {"0.attn.to_out.0": (24, 20), "0.ff.net.0": (24, 20), "1.attn.to_out.0": (24, 20)}
+    config = plain_config(target_modules=["to_out.0", "net.0"])
+    adapter = lora_squeeze.load(write_folder(tmp_path / "in", plain_tensors(shapes), config))
+    plan = make_plan(adapter, params=500, same_rank_per="type")
+    first, other, second = plan.ranks.values()
+    assert first == second != other
+    reasons = [row.reason.rpartition("shared by ")[2] for row in plan.modules.values()]
+    assert reasons[0] == reasons[2] == "all to_out.0"
 
 
 @pytest.mark.parametrize(
@@ -322,6 +373,26 @@ def test_the_same_plan_is_the_same_text(adapter: Adapter, tmp_path: Path) -> Non
         make_plan(lora_squeeze.load(tmp_path / "in"), size="6kB", name="mine").save(tmp_path / name)
     for kind in ("toml", "json"):
         assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+
+
+def test_numbers_of_numpy_are_written_as_numbers(adapter: Adapter, tmp_path: Path) -> None:
+    """In a process without this suite's type checker, which lets only some of them pass."""
+    code = """
+import numpy as np
+import lora_squeeze
+from lora_squeeze.plan import Plan, make_plan
+adapter = lora_squeeze.load("in")
+for dials in (
+    {"rank": np.int64(4)}, {"energy": np.float64(0.9)}, {"energy": np.float32(0.5)},
+    {"rank": 4, "ranks": [np.int64(2), 4]},
+):
+    for name in ("plan.toml", "plan.json"):
+        plan = make_plan(adapter, **dials)
+        plan.save(name, force=True)
+        assert Plan.load(name) == plan, dials
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_file_is_made_to_be_read(adapter: Adapter, tmp_path: Path) -> None:

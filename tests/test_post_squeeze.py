@@ -90,6 +90,13 @@ def test_no_rule_is_refused_with_the_rules(adapter: Adapter) -> None:
         adapter.squeeze()
 
 
+@pytest.mark.parametrize("limits", [{}, {"max_rank": 5}, {"energy": 0.9}])
+def test_the_scale_alone_keeps_the_ranks(adapter: Adapter, limits: dict[str, Any]) -> None:
+    folded = adapter.squeeze(alpha="fold", **limits)
+    assert ranks(folded) == ranks(adapter.squeeze(**limits) if limits else adapter)
+    assert folded.default_scale == 1.0
+
+
 def test_max_rank_alone_is_a_rank_and_a_bound_beside_a_rule(adapter: Adapter) -> None:
     assert ranks(adapter.squeeze(max_rank=5)) == dict.fromkeys(SHAPES, 5)
     whole = ranks(adapter.squeeze(energy=1.0))
@@ -156,6 +163,48 @@ def test_factors_that_overflow_are_refused_with_a_dtype_that_holds_them(tmp_path
     adapter.squeeze(rank=3, dtype=torch.bfloat16).save(tmp_path / "out")
 
 
+@pytest.mark.parametrize("rank", [None, RANK + 1])
+@pytest.mark.parametrize("broken", ["NaN", "range", "bias"])
+def test_what_no_reader_can_use_is_not_written_either_without_a_squeeze(
+    tmp_path: Path, broken: str, rank: int | None
+) -> None:
+    """One scale is written for all modules: neither the factors nor the bias of this one hold the rest of its own."""
+    tensors = {key: (t * 100 / t.abs().max()).half() for key, t in plain_tensors().items()}
+    bias, key = f"{PREFIX}layers.0.v_proj.lora_B.bias", f"{PREFIX}layers.0.v_proj.lora_B.weight"
+    config = plain_config(lora_bias=True, alpha_pattern={} if broken == "NaN" else {"v_proj": 12e8})
+    tensors[key][0, 0] *= torch.nan if broken == "NaN" else 1
+    if broken == "bias":
+        tensors |= {bias: torch.ones(8).half(), key: tensors[key] * 0}
+    adapter = lora_squeeze.load(write_folder(tmp_path / "in", tensors, config))
+    text = "times 1e\\+08 it .*float16" if broken == "bias" else "layers.0.v_proj: the factors hold NaN .*float16"
+    with pytest.raises(LoraSqueezeError, match=text):
+        (adapter if rank is None else lora_squeeze.rank_up(adapter, rank)).save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("stored", "written", "size", "alpha"),
+    [
+        (torch.bfloat16, torch.float16, 1e-4, "keep"),
+        (torch.float16, torch.bfloat16, 1.0, "keep"),
+        (torch.bfloat16, torch.bfloat16, 1.0, "fold"),
+        (torch.float32, torch.float16, 1e-4, "fold"),
+    ],
+)
+def test_rounding_is_known_where_the_rank_stays(
+    tmp_path: Path, stored: torch.dtype, written: torch.dtype, size: float, alpha: str
+) -> None:
+    """Another dtype, or another scale in the same."""
+    tensors = {key: (t * size).to(stored) for key, t in plain_tensors().items()}
+    adapter = lora_squeeze.load(write_folder(tmp_path / "in", tensors))
+    small = adapter.squeeze(rank=RANK, dtype=written, alpha=alpha)
+    small.save(tmp_path / "out")
+    for row in small.report.rows:
+        error = float((dense(adapter, row.name) - read_dense(tmp_path / "out", row.name)).norm())
+        assert 0 < error == pytest.approx(row.rounding, rel=1e-4)
+    assert all(row.rounding is None for row in adapter.squeeze(rank=RANK).report.rows)
+
+
 @pytest.mark.parametrize("alpha", [12, -3, 0])
 def test_an_adapter_that_is_saved_as_it_is_keeps_every_update(tmp_path: Path, alpha: int) -> None:
     """One scale is written, whatever scales were read; the bias of B follows it."""
@@ -168,6 +217,19 @@ def test_an_adapter_that_is_saved_as_it_is_keeps_every_update(tmp_path: Path, al
         torch.testing.assert_close(read_dense(tmp_path / "out", name), dense(adapter, name), rtol=1e-5, atol=1e-6)
     written_scale = lora_squeeze.load(tmp_path / "out").default_scale
     torch.testing.assert_close(written[key] * written_scale, bias * 40 / RANK)
+
+
+@pytest.mark.parametrize("device", ["meta", "no such device"])
+def test_a_device_that_cannot_compute_is_refused(adapter: Adapter, device: str) -> None:
+    with pytest.raises(LoraSqueezeError, match=f"device '{device}' cannot be used here"):
+        adapter.squeeze(rank=3, device=device)
+
+
+def test_an_update_beyond_float64_is_refused(tmp_path: Path) -> None:
+    tensors = {name: 1e30 * tensor for name, tensor in plain_tensors().items()}
+    found = lora_squeeze.load(write_folder(tmp_path / "huge", tensors, plain_config(lora_alpha=1e99)))
+    with pytest.raises(LoraSqueezeError, match=r"an update with singular values up to .* cannot be measured"):
+        found.squeeze(energy=0.9)
 
 
 def test_a_dtype_without_fractions_is_refused(adapter: Adapter) -> None:
@@ -279,8 +341,10 @@ def test_sizes_as_people_write_them(text: float | str, expected: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "MB", "-5MB", "1e6", "10 XB", "10MBit", "1,000", "ten", float("inf"), float("nan")]
-)
+    "text",
+    ["", "MB", "-5MB", "1e6", "10 XB", "10MBit", "1,000", "ten", float("inf"), float("nan"), "9" * 320,
+     "9" * 300 + "TB", "9" * 19, 2**63],
+)  # fmt: skip
 def test_sizes_that_are_not_understood_are_refused(text: float | str) -> None:
     with pytest.raises(LoraSqueezeError, match=r"is not understood; write bytes or a unit, such as 10MB or 10MiB"):
         parse_size(text)

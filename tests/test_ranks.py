@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -445,6 +446,13 @@ def test_a_step_that_does_not_fit_at_first_is_taken_first_where_that_keeps_more(
     """By energy per parameter `crumbs` comes first, and then there is no room for `loaf`."""
     units = [Unit("crumbs", 1, [[1.0]], 1), Unit("loaf", 1, [[9.0]], 100)]
     assert pick(units, "params", 100) == [0, 1]
+
+
+def test_long_spectra_take_no_longer_than_their_length() -> None:
+    unit = Unit("long", 20_000, [[1.0] * 20_000], 1)
+    began = time.process_time()
+    assert pick([unit], "params", 19_999) == [19_999]
+    assert time.process_time() - began < 3
 
 
 # --- requests -------------------------------------------------------------------------------------------------------

@@ -214,7 +214,7 @@ class Adapter:
         """The numbers of one carried tensor in order, as flat tensors of bounded size: embeddings can be gigabytes."""
         factor = self.extras[name].factor
         for piece in self.source.pieces(name):
-            yield piece if factor == 1.0 else (piece.double() * factor).to(piece.dtype)
+            yield piece if factor == 1.0 else rescaled(name, piece, factor)
 
     def batches(self) -> Iterator[list[Module]]:
         """The modules in file order, in lists of about BATCH_BYTES to be read."""
@@ -254,6 +254,30 @@ class Adapter:
             LoraSqueezeError: the target exists and `force` is not given, or a tensor cannot be written as asked.
         """
         self.format.save(self, Path(path).expanduser(), force=force, progress=progress)
+
+
+def rescaled(name: str, piece: Tensor, factor: float) -> Tensor:
+    """A part of a carried tensor times a factor, in its dtype.
+
+    Raises:
+        LoraSqueezeError: NaN or infinity comes of it.
+    """
+    found = (piece.double() * factor).to(piece.dtype)
+    if not is_finite(found):
+        raise LoraSqueezeError(
+            f"{name}: it follows the scale of its module, and times {factor:.6g} it holds NaN or infinity, or does not "
+            f"fit in {piece.dtype}; store it as float32 in the source if that is sound"
+        )
+    return found
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN or infinity; the extremes are found many times faster than by isfinite().all()."""
+    if not tensor.numel():
+        return True
+    # torch cannot tell for all kinds of float8
+    low, high = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
+    return bool(low.isfinite() & high.isfinite())
 
 
 def common_dtype(one: torch.dtype, other: torch.dtype) -> torch.dtype:

@@ -255,7 +255,9 @@ def _figures(
         base_norm, unchanged, error = found.base_norm, found.unchanged, found.merge_error
     if not math.isfinite(base_norm):
         return "NaN or infinity in it"
-    return BaseFigures(key, base_norm, norm / base_norm if base_norm else 0.0, unchanged, error)
+    if not base_norm:
+        return "all zeros in it"
+    return BaseFigures(key, base_norm, norm / base_norm, unchanged, error)
 
 
 def _intruders(adapter: Adapter, module: Module, update: LowRank, key: str, base: Weights) -> int:

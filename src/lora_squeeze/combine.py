@@ -13,22 +13,22 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from pathlib import Path
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_squeeze.adapter import Adapter, Format, Module, Progress
+from lora_squeeze.adapter import Adapter, Module
 from lora_squeeze.combine_dense import METHODS as DENSE
 from lora_squeeze.combine_dense import combine_dense, seed_of
 from lora_squeeze.combine_join import Joined, Part, join
 from lora_squeeze.combine_weights import ByModule, weights_by_module
 from lora_squeeze.conversion import in_format
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.formats.guarded import Guarded
 from lora_squeeze.formats.peft import PeftFormat
 from lora_squeeze.formats.peft_union import united
-from lora_squeeze.formats.safetensors_header import quoted
 from lora_squeeze.lowrank import LowRank
 from lora_squeeze.ranks import RULES
 from lora_squeeze.report import Report
@@ -159,6 +159,7 @@ def rank_up(adapter: Adapter, rank: int, *, seed: int = 0) -> Adapter:
     Notes:
         Exact: dW does not change but for one rounding of B where the scale of a module has to be rewritten.
     """
+    rank = index(rank)
     highest = max(adapter.modules.values(), key=lambda module: module.rank * module.step)
     if rank < adapter.rank:
         raise LoraSqueezeError(
@@ -337,39 +338,3 @@ class Padded:
     def digest(self) -> str | None:
         """sha256 of the file that all of it comes from."""
         return self.parent.source.digest()
-
-
-@dataclass(frozen=True)
-class Guarded:
-    """The format of a sum: writes as the first adapter's does, over none of the sources.
-
-    Args:
-        formats: of the adapters; the first one writes.
-    """
-
-    formats: tuple[Format, ...]
-
-    @property
-    def name(self) -> str:
-        """What reports call it."""
-        return self.formats[0].name
-
-    @property
-    def home(self) -> Path | None:
-        """What the first adapter is read from."""
-        return self.formats[0].home
-
-    def check_target(self, path: Path, *, force: bool) -> None:
-        """Refuse the folder of any source, and what cannot be replaced."""
-        self.formats[0].check_target(path, force=force)
-        if path.resolve() in [each.home for each in self.formats]:
-            raise LoraSqueezeError(f"{quoted(path)} is what one of the adapters is read from; choose another output")
-
-    def save(self, adapter: Adapter, path: Path, *, force: bool, progress: Progress | None) -> None:
-        """Write the adapter to `path`."""
-        self.check_target(path, force=force)
-        self.formats[0].save(adapter, path, force=force, progress=progress)
-
-    def overhead_bytes(self, adapter: Adapter) -> int:
-        """An upper bound of the bytes in the weights file that are not tensors."""
-        return self.formats[0].overhead_bytes(adapter)

@@ -18,6 +18,7 @@ import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,20 @@ def weights_by_module(
 
 
 def _row(what: str, value: Any, count: int) -> tuple[float, ...]:
-    numbers = [value] * count if isinstance(value, int | float) else value
-    if not isinstance(numbers, list | tuple) or not all(
-        isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers
-    ):
+    value = value.tolist() if hasattr(value, "tolist") else value  # of NumPy and torch
+    numbers = [value] * count if isinstance(value, Real) else value
+    if not isinstance(numbers, list | tuple) or not all(map(_finite, numbers)):
         raise LoraSqueezeError(f"{what} must be finite numbers, one per adapter, got {value!r:.80}")
     if len(numbers) != count:
         raise LoraSqueezeError(f"{what}: {len(numbers)} numbers for {count} adapters; give one per adapter")
     return tuple(map(float, numbers))
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond the range of float64
+        return False
 
 
 def _matched(rows: Mapping[str, tuple[float, ...]], names: Sequence[str]) -> dict[str, tuple[float, ...]]:

@@ -11,7 +11,9 @@ from typing import Any
 
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.formats.borrowed import Borrowed, Origin
+from lora_squeeze.formats import peft_exclusion
+from lora_squeeze.formats.component import of_component
+from lora_squeeze.formats.guarded import Guarded
 from lora_squeeze.formats.peft import PeftFormat
 from lora_squeeze.ranks import RULES
 
@@ -37,7 +39,8 @@ def convert(
         to: "peft", "diffusers", "kohya", "gguf" or "mlx".
         base: the base model, where names or rows depend on it. To "gguf": its folder, hub id or GGUF file; the file is
             also checked against the adapter. From "gguf": its folder or hub id with safetensors. To "peft": the name
-            that the configuration gives; default the one that the adapter has.
+            that the configuration gives; default the one that the adapter has, which one of another method keeps. Of
+            the text encoder of a pipeline, a folder also says which class it is.
         component: of a diffusion pipeline, such as "unet", "transformer" or "text_encoder". To "diffusers": where the
             modules belong, if they do not say it. From a pipeline's file to "peft": the one to take, since a PEFT
             adapter is of one model.
@@ -63,8 +66,10 @@ def convert(
     if to not in FORMATS:
         raise LoraSqueezeError(f"unknown format {to!r}: choose one of {', '.join(FORMATS)}")
     before = adapter.format.name
-    adapter = _without(adapter, exclude, extras)
+    adapter = _without(adapter, exclude, extras, to)
     adapter = in_format(adapter, to, base, component, architecture)
+    if before == to == "peft" and base is not None:
+        adapter = replace(adapter, config={**adapter.config, "base_model_name_or_path": str(base)})
     if before == to == "kohya":
         from lora_squeeze.formats import kohya
 
@@ -85,7 +90,7 @@ def convert(
     return replace(whole, history=adapter.history)
 
 
-def _without(adapter: Adapter, exclude: str | Sequence[str] | None, extras: bool) -> Adapter:
+def _without(adapter: Adapter, exclude: str | Sequence[str] | None, extras: bool, to: str) -> Adapter:
     """The adapter without the modules that match, and without the tensors beside the factors."""
     patterns = [exclude] if isinstance(exclude, str) else list(exclude or ())
     try:
@@ -100,17 +105,20 @@ def _without(adapter: Adapter, exclude: str | Sequence[str] | None, extras: bool
         )
     if len(out) == len(adapter.modules):
         raise LoraSqueezeError("exclude leaves no module to convert")
-    kept = {key: extra for key, extra in adapter.extras.items() if extras and extra.module not in out}
-    dropped = (*adapter.dropped, *sorted(out))
-    bare = isinstance(adapter.format, PeftFormat) and adapter.extras and not extras
-    return replace(
-        adapter,
-        modules={name: module for name, module in adapter.modules.items() if name not in out},
-        extras=kept,
-        config={**adapter.config, **_BARE} if bare else adapter.config,
-        dropped=dropped,
-        notes=(*adapter.notes, *_told(adapter, out, extras)),
-    )
+    told = _told(adapter, out, extras)
+    if not extras:
+        bare = isinstance(adapter.format, PeftFormat) and adapter.extras
+        adapter = replace(adapter, extras={}, config={**adapter.config, **_BARE} if bare else adapter.config)
+    if out and to == "peft" and isinstance(adapter.format, PeftFormat):
+        adapter = peft_exclusion.without(adapter, out)
+    elif out:
+        adapter = replace(
+            adapter,
+            modules={name: module for name, module in adapter.modules.items() if name not in out},
+            extras={key: extra for key, extra in adapter.extras.items() if extra.module not in out},
+            dropped=(*adapter.dropped, *sorted(out)),
+        )
+    return replace(adapter, notes=(*adapter.notes, *told))
 
 
 def _told(adapter: Adapter, out: set[str], extras: bool) -> list[str]:
@@ -134,7 +142,10 @@ def in_format(
         return adapter
     home = adapter.format.home
     found = _adopted(_neutral(adapter, base, architecture), to, base, component, architecture)
-    return replace(found, format=replace(found.format, home=home))  # type: ignore[type-var]  # all are dataclasses
+    ours = replace(found.format, home=home)  # type: ignore[type-var]  # all are dataclasses
+    if isinstance(adapter.format, Guarded):
+        return replace(found, format=Guarded((ours, *adapter.format.formats[1:])))
+    return replace(found, format=ours)
 
 
 def _neutral(adapter: Adapter, base: str | os.PathLike[str] | None, architecture: str | None) -> Adapter:
@@ -174,7 +185,7 @@ def _adopted(
             )
         return to_gguf.adopt(adapter, gguf_names.open_gguf_base(base))
     if adapter.format.name in ("diffusers", "kohya"):
-        adapter = _of_component(adapter, component)
+        adapter = of_component(adapter, component, base)
     return to_mlx.adopt(adapter) if to == "mlx" else to_peft.adopt(adapter, None if base is None else str(base))
 
 
@@ -188,23 +199,3 @@ def _from_gguf(adapter: Adapter, base: str | os.PathLike[str] | None) -> Adapter
             "of the base model in transformers with base= (--base)"
         )
     return to_gguf.neutral(adapter, gguf_names.open_gguf_base(base), open_base(base))
-
-
-def _of_component(adapter: Adapter, component: str | None) -> Adapter:
-    """The modules of one component of a pipeline, without its name in front."""
-    found = list(dict.fromkeys(name.partition(".")[0] for name in adapter.modules))
-    chosen = component or (found[0] if len(found) == 1 else None)
-    if chosen not in found:
-        raise LoraSqueezeError(
-            f"the adapter has modules of {', '.join(found)}, an adapter of the other format those of one model: choose "
-            "one with component= (--component)"
-        )
-    prefix = f"{chosen}."
-    names = {name.removeprefix(prefix): name for name in adapter.modules if name.startswith(prefix)}
-    keys = {key.removeprefix(prefix): key for key in adapter.extras if key.startswith(prefix)}
-    return replace(
-        adapter,
-        modules={new: replace(adapter.modules[old], name=new) for new, old in names.items()},
-        extras={new: replace(adapter.extras[old], name=new) for new, old in keys.items()},
-        source=Borrowed(adapter, {new: Origin(old) for new, old in names.items()}, keys),
-    )

@@ -99,7 +99,6 @@ class Tradeoff:
         lost: list[tuple[float, float]] = []  # weight and share
         size = largest = 0
         for group, k in zip(self.groups, chosen, strict=True):
-            k = min(k, max(min(module.out_features, module.in_features) for module in group))
             for module in group:
                 shares = self.lost[module.name]
                 lost.append((self.weights[module.name], shares[k] if k < min(module.rank, len(shares)) else 0.0))

@@ -45,6 +45,8 @@ _INVERSE_CEILING = 2e4
 # Float32 projections lose eps32 * sqrt(sum |b_i|^2 |a_i|^2): harmless unless the factors cancel each other.
 _CANCELLATION_CEILING = 100.0
 _PINV_FLOOR = 1e-6
+# Of factors that cancel each other, rounding leaves singular values up to 3 eps * sqrt(sum |b_i|^2 |a_i|^2).
+_NOISE = 16 * torch.finfo(torch.float64).eps
 _CHUNK_ELEMENTS = 2**18  # 2 MiB of float64: converted pieces of a long factor stay in the cache
 
 
@@ -208,6 +210,8 @@ def decompose_all(
     """
     if method not in METHODS:
         raise LoraSqueezeError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    if method == "rsvd" and not -(2**63) <= seed < 2**64:
+        raise LoraSqueezeError(f"seed must be a whole number of at most 64 bits, got {seed}")
     flat = [(_flat(B.detach()), _flat(A.detach())) for B, A in pairs]
     found: dict[int, Decomposition] = {}
     alike: dict[tuple[int, torch.device], list[int]] = defaultdict(list)
@@ -299,6 +303,7 @@ def _qr(B: Tensor, A: Tensor) -> Decomposition:
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.mT)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    S = _above_noise(S, B, A)
     return Decomposition(Q_B, U, S, Vh, Q_A.mT, S.square().sum(-1), S[:, 0], _none(S))
 
 
@@ -323,9 +328,15 @@ def _dense(B: Tensor, A: Tensor) -> Decomposition:
     """SVD of the materialised product: the reference."""
     U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
     n = min(B.shape[-1], S.shape[-1])  # the others are zero by construction
-    U, S, Vh = U[..., :n], S[..., :n], Vh[..., :n, :]
+    U, S, Vh = U[..., :n], _above_noise(S[..., :n], B, A), Vh[..., :n, :]
     eye = torch.eye(n, dtype=torch.float64, device=B.device).expand(len(B), -1, -1)
     return Decomposition(U, eye, S, eye, Vh, S.square().sum(-1), S[:, 0], _none(S))
+
+
+def _above_noise(S: Tensor, B: Tensor, A: Tensor) -> Tensor:
+    """S with zeros for what is rounding noise: the difference of two equal updates is no update."""
+    reach = (B.square().sum(-2) * A.square().sum(-1)).sum(-1, keepdim=True).sqrt()
+    return torch.where(reach * _NOISE < S, S, 0)
 
 
 def _none(S: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.ranks import RULES, Allocation, Limits, Unit, allocation_for, choose, needs_spectra
 
 SHARED = ("module", "type")
+LARGEST = 2**63 - 1  # what readers of TOML and JSON agree on
 Spectra = Mapping[str, list[list[float]]]  # module -> singular values of each copy
 
 
@@ -55,6 +56,10 @@ class Dials:
         Raises:
             LoraSqueezeError: no rule or more than one, unknown words, impossible limits.
         """
+        for name, value in self.given.items():
+            numbers = value if isinstance(value, Sequence) else [value]
+            if any(isinstance(number, int) and number > LARGEST for number in numbers):
+                raise LoraSqueezeError(f"{name} is too large: a number must be below 2^63")
         asked = {name: value for name, value in self.given.items() if name in RULES}
         if len(asked) > 1:
             raise LoraSqueezeError(f"give one rule, not {len(asked)}: {', '.join(asked)}")
@@ -64,6 +69,8 @@ class Dials:
         rule, value = next(iter((asked or default).items()))
         if self.same_rank_per not in SHARED:
             raise LoraSqueezeError(f"same_rank_per must be one of {', '.join(SHARED)}, got {self.same_rank_per!r}")
+        if self.rank is not None and self.rank < min(self.min_rank, adapter.rank):
+            raise LoraSqueezeError(f"rank {self.rank} is below min_rank {self.min_rank}; change one of them")
         choices = None if self.ranks is None else tuple(sorted(set(self.ranks)))
         return Request(
             rule=rule,
@@ -126,10 +133,8 @@ class Request:
         ranks: dict[str, int] = {}
         for (_, groups), k in zip(units, chosen, strict=True):
             for group in groups:  # one rank for a whole group
-                useful = max(min(module.out_features, module.in_features) for module in group)
-                common = min(k, max(module.rank for module in group))
-                kept = common if self.limits.choices is not None else min(common, useful)
-                ranks.update({module.name: kept for module in group})
+                common = min(k, _top(group, padded=self.limits.choices is not None))
+                ranks.update({module.name: common for module in group})
         return {name: ranks[name] for name in adapter.modules}
 
     def reasons(self, adapter: Adapter, spectra: Spectra, ranks: Mapping[str, int]) -> dict[str, str]:
@@ -150,10 +155,10 @@ class Request:
                     reason = "kept: source rank"
                 elif rank > module.rank:
                     reason = "common rank of its group"
-                elif rank < min(k, module.rank):
+                elif rank < k or rank == unit.rank:
                     reason = "all its directions"
                 else:
-                    reason = f"{text}, shared by all {type_of(module)}" if len(groups) > 1 else text
+                    reason = f"{text}, shared by all {type_of(module.name)}" if len(groups) > 1 else text
                 reasons[module.name] = reason
         return {name: reasons[name] for name in adapter.modules}
 
@@ -201,16 +206,27 @@ class Request:
         found = groups_of(adapter)
         together = _of_one_type(found) if self.per_type else [[group] for group in found]
         whole = [[module for group in groups for module in group] for groups in together]
-        units = [unit_of(members, spectra, self.rule, self.dtype) for members in whole]
+        padded = self.limits.choices is not None
+        units = [unit_of(members, spectra, self.rule, self.dtype, padded=padded) for members in whole]
         return list(zip(units, together, strict=True))
 
 
-def unit_of(members: Sequence[Module], spectra: Spectra, rule: str, dtype: torch.dtype | None) -> Unit:
-    """Modules that share one rank as `ranks.choose` takes them; priced in bytes for "size", else in parameters."""
+def unit_of(
+    members: Sequence[Module], spectra: Spectra, rule: str, dtype: torch.dtype | None, *, padded: bool = False
+) -> Unit:
+    """Modules that share one rank as `ranks.choose` takes them; priced in bytes for "size", else in parameters.
+
+    Args:
+        members: one group, or all groups of a type.
+        spectra: of the modules, or empty where they do not matter.
+        rule: one of `ranks.RULES`.
+        dtype: of the factors to be written; None: as stored.
+        padded: ranks above the number of directions are written too, for a server that takes some ranks only.
+    """
     itemsizes = [(dtype or module.dtype).itemsize if rule == "size" else 1 for module in members]
     return Unit(
         name=members[0].name,
-        rank=max(module.rank for module in members),
+        rank=_top(members, padded=padded),
         values=[row for module in members for row in spectra.get(module.name, ())],
         cost=sum(m.parameters_per_rank * itemsize for m, itemsize in zip(members, itemsizes, strict=True)),
         floor=max(module.floor for module in members),
@@ -218,9 +234,14 @@ def unit_of(members: Sequence[Module], spectra: Spectra, rule: str, dtype: torch
     )
 
 
-def type_of(module: Module) -> str:
-    """The last part of its name: "q_proj"."""
-    return module.name.rpartition(".")[2]
+def _top(members: Sequence[Module], *, padded: bool) -> int:
+    """The largest rank that these modules may get: no more than they have directions, unless `padded`."""
+    return max(m.rank if padded else min(m.rank, m.out_features, m.in_features) for m in members)
+
+
+def type_of(name: str) -> str:
+    """The end of a module's name that is no bare number: "q_proj", "to_out.0"."""
+    return re.split(r"\.(?!\d+(?:\.|$))", name)[-1]
 
 
 def groups_of(adapter: Adapter) -> list[list[Module]]:
@@ -235,7 +256,7 @@ def _of_one_type(groups: Sequence[list[Module]]) -> list[list[list[Module]]]:
     """Groups in which the same types occur, with the same number of groups of a convolution."""
     together: list[tuple[set[tuple[str, int]], list[list[Module]]]] = []
     for group in groups:
-        types, members = {(type_of(module), module.step) for module in group}, [group]
+        types, members = {(type_of(module.name), module.step) for module in group}, [group]
         apart = []
         for other, others in together:
             if other & types:
@@ -253,11 +274,15 @@ def parse_size(text: float | int | str) -> int:
         >>> parse_size("10MB"), parse_size("1 KiB")
         (10000000, 1024)
     """
-    if not isinstance(text, str) and math.isfinite(text):
-        return int(text)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", str(text).lower())
+    size = _bytes(text) if isinstance(text, str) else text
+    if not abs(size) <= LARGEST:
+        raise LoraSqueezeError(f"size {text!r:.80} is not understood; write bytes or a unit, such as 10MB or 10MiB")
+    return int(size)
+
+
+def _bytes(text: str) -> float:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", text.lower())
     if not match:
-        raise LoraSqueezeError(f"size {text!r} is not understood; write bytes or a unit, such as 10MB or 10MiB")
+        return math.nan
     number, prefix, binary = match.groups()
-    power = " kmgt".index(prefix or " ")
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    return float(number) * float(1024 if binary else 1000) ** " kmgt".index(prefix or " ")

@@ -141,7 +141,8 @@ class LowRank:
     def with_scale(self, scale: float, dtype: torch.dtype | None = None) -> LowRank:
         """The same update written with another scale s' > 0, B' = B * scale / s', and in another dtype if one is given.
 
-        What does not change comes back as it is; B is rounded once.
+        What does not change comes back as it is; B is rounded once. Where that would make numbers of float16 too small
+        to keep their digits, a power of two goes from A to B.
         """
         dtype = dtype or self.dtype
         if scale == self.scale:
@@ -149,7 +150,11 @@ class LowRank:
         if not (math.isfinite(scale) and scale > 0):
             raise LoraSqueezeError(f"scale must be a positive number, got {scale}")
         inner = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return LowRank((self.B.to(inner) * (self.scale / scale)).to(dtype), self.A.to(dtype), scale)
+        B, A = self.B.to(inner) * (self.scale / scale), self.A
+        if dtype == torch.float16 and abs(self.scale) < scale / 8:
+            power = _power(A, B)
+            B, A = B * power, A.to(inner) / power
+        return LowRank(B.to(dtype), A.to(dtype), scale)
 
     def rank_up(self, rank: int, seed: int = 0) -> LowRank:
         """The same update with room to learn: new columns of B are zero, new rows of A are Kaiming-uniform as in LoRA.
@@ -207,3 +212,9 @@ class LowRank:
         if not (math.isfinite(scale) and scale > 0):
             raise LoraSqueezeError(f"scale must be a positive number, got {scale}")
         return scale
+
+
+def _power(large: Tensor, small: Tensor) -> float:
+    """The power of two that brings the largest numbers of two tensors together; 1 where they are not as expected."""
+    ratio = float(large.abs().amax().double() / small.abs().amax().double())
+    return 2.0 ** round(math.log2(ratio) / 2) if 1 < ratio < math.inf else 1.0

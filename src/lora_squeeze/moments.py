@@ -60,10 +60,12 @@ class Moments:
     slope: Float[Tensor, "*batch r r"] | None = None
 
     def __post_init__(self) -> None:
-        c, f = tuple(self.C.shape), tuple(self.F.shape)
-        if c != f or len(c) < 2 or c[-1] != c[-2]:
-            raise LoraSqueezeError(f"moments do not fit: C is {c}, F is {f}; expected (..., r, r) for both")
-        if not bool((self.C.isfinite().all() & self.F.isfinite().all()).item()):
+        found = {"C": self.C, "F": self.F, **({} if self.slope is None else {"slope": self.slope})}
+        c = tuple(self.C.shape)
+        if any(tuple(matrix.shape) != c for matrix in found.values()) or len(c) < 2 or c[-1] != c[-2]:
+            shapes = ", ".join(f"{name} is {tuple(matrix.shape)}" for name, matrix in found.items())
+            raise LoraSqueezeError(f"moments do not fit: {shapes}; expected (..., r, r) for all")
+        if not all(bool(matrix.isfinite().all()) for matrix in found.values()):
             raise LoraSqueezeError(
                 "moments hold NaN or infinity: the loss diverged while they were collected; collect them again"
             )

@@ -99,6 +99,13 @@ class Plan:
             raise LoraSqueezeError("the plan leaves no module in the adapter: give one of them a rank above 0")
         return {name: ranks[name] for name in adapter.modules}
 
+    def note_for(self, adapter: Adapter) -> str | None:
+        """What a person should know who squeezes this adapter by the plan: that it was made for another file."""
+        found = None if self.source_sha256 is None else adapter.source.digest()
+        if found in (None, self.source_sha256):
+            return None
+        return "the plan was made for another file: its ranks are kept, what it predicted does not hold for this one"
+
     def _check_names(self, adapter: Adapter) -> None:
         unknown = [name for name in self.modules if name not in adapter.modules]
         if unknown:
@@ -242,7 +249,9 @@ def _short(number: float, digits: int = 4) -> float:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, (int, float, str)) else list(value)
+    """Numbers, text and lists as files have them; those of NumPy and torch too."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return value if isinstance(value, (int, float, str)) else [_plain(item) for item in value]
 
 
 def _listed(names: list[str]) -> str:

@@ -27,12 +27,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lora_squeeze.dials import LARGEST
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.plan import Plan, PlanRow
 
 FORMAT = 1
 _MAX_BYTES = 10**7
-_MAX_NUMBER = 2**63 - 1
 _HEAD: dict[str, tuple[type, ...]] = {
     "adapter": (str,),
     "source_sha256": (str,),
@@ -87,7 +87,7 @@ def _read(path: Path) -> str:
 
 def _check_numbers(found: Any) -> None:
     """Refuse whole numbers that can be read, in hexadecimal, but not be written: Python limits the digits."""
-    if isinstance(found, int) and not -_MAX_NUMBER <= found <= _MAX_NUMBER:
+    if isinstance(found, int) and abs(found) > LARGEST:
         raise ValueError("a number of more than 64 bits")
     for value in found.values() if isinstance(found, dict) else found if isinstance(found, list) else ():
         _check_numbers(value)
@@ -129,7 +129,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{_key(key)} = {_toml(item)}" for key, item in value.items()) + " }"
     if isinstance(value, float):
-        return repr(value)
+        return repr(float(value))  # NumPy's own repr names the type
     return _text(value).replace("\x7f", "\\u007f")
 
 

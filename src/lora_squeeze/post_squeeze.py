@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_squeeze import data_aware
-from lora_squeeze.adapter import Adapter, Module, Progress
+from lora_squeeze.adapter import Adapter, Module, Progress, is_finite
 from lora_squeeze.decompose import METHODS, Decomposition, Method, decompose_all
 from lora_squeeze.dials import Dials
 from lora_squeeze.dials import parse_size as parse_size
@@ -19,7 +19,7 @@ from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.lowrank import LowRank
 from lora_squeeze.moments import Moments, truncation
 from lora_squeeze.plan import Plan
-from lora_squeeze.ranks import Allocation
+from lora_squeeze.ranks import RULES, Allocation
 
 AlphaPolicy = Literal["keep", "fold"]
 _WRITTEN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -46,8 +46,17 @@ class Measurement:
 
     @classmethod
     def of(cls, found: Decomposition, total: float | None = None) -> Measurement:
-        """The numbers of a decomposition; `total` where it is of the leading part of an update only."""
+        """The numbers of a decomposition; `total` where it is of the leading part of an update only.
+
+        Raises:
+            LoraSqueezeError: their squares are beyond the range of float64.
+        """
         known = float(found.total.sum())
+        if not math.isfinite(known):
+            raise LoraSqueezeError(
+                f"an update with singular values up to {float(found.S.max()):.3g} cannot be measured: check its alpha "
+                "and factors"
+            )
         return cls(found.S.reshape(-1, found.S.shape[-1]).tolist(), known if total is None else max(known, total))
 
     @property
@@ -127,8 +136,9 @@ def squeeze(
     """The best approximation of every update at a smaller rank: LoRA-Squeeze after training (Post-Squeeze).
 
     One of `rank`, `energy`, `error`, `size`, `params`, an `sv_` rule or a `plan` says how small; `lora_squeeze.ranks`
-    defines the rules. The result is lazy: factors are computed when it is saved or an `update` is read. The rules
-    that depend on the spectrum read the adapter once here and once when it is saved.
+    defines the rules. A `dtype` or alpha="fold" alone keeps the ranks. The result is lazy: factors are computed when it
+    is saved or an `update` is read. The rules that depend on the spectrum read the adapter once here and once when it
+    is saved.
 
     Args:
         adapter: what to squeeze.
@@ -179,6 +189,8 @@ def squeeze(
         sv_cumulative=sv_cumulative, sv_fro=sv_fro, allocate=allocate, min_rank=min_rank, max_rank=max_rank,
         multiple_of=multiple_of, ranks=ranks, same_rank_per=same_rank_per, dtype=dtype,
     )  # fmt: skip
+    if alpha == "fold" and plan is None and not {*RULES, "max_rank"} & dials.given.keys():
+        dials = replace(dials, rank=adapter.rank)
     if plan is not None:
         others = [name for name in dials.given if name != "dtype"]
         if others:
@@ -268,28 +280,29 @@ class Squeezed:
         return [self._truncated(*three) for three in zip(modules, updates, found, strict=True)]
 
     def _truncated(self, module: Module, update: LowRank, found: Decomposition) -> LowRank:
-        kept = update.dtype if module.rank >= update.rank else module.dtype
-        exact = kept if kept.itemsize >= 4 else torch.float32
+        exact = module.dtype if module.dtype.itemsize >= 4 else torch.float32
         measurement = Measurement.of(found, module.total)
         rank, moments = min(module.rank, found.S.shape[-1]), self.moments.get(module.name)
-        if module.rank >= update.rank:
-            whole = update.to(exact).with_scale(module.scale)
+        cuts = module.rank < update.rank
+        if not cuts:
+            whole = update
         elif moments is not None and update.scale:
             cut = truncation(update, moments.to(update.device), rank)
             whole = data_aware.apply(update, cut, module.scale).to(exact)
             measurement = replace(measurement, cut=math.sqrt(cut.lost), loss_increase=cut.loss_increase)
         else:
             whole = LowRank(*found.factors(rank, module.scale, exact), module.scale)
-        result = whole.to(module.dtype)
-        if not (_finite(result.B) and _finite(result.A)):
+        result = whole.to(module.dtype) if cuts else update.with_scale(module.scale, module.dtype)
+        if not (is_finite(result.B) and is_finite(result.A)):
             raise LoraSqueezeError(
                 f"{module.name}: the squeezed factors do not fit in {module.dtype} (largest singular value "
                 f"{float(found.S.max()):.3g}); ask for dtype float32 or bfloat16"
             )
-        if module.rank < update.rank:
+        changed = (module.dtype, module.scale) != (update.dtype, update.scale)
+        if cuts:
             measurement = replace(measurement, rounding=_rounding(whole, result))
-        elif module.dtype.itemsize < update.dtype.itemsize:
-            rounding = float(torch.linalg.vector_norm(whole.distance(result.to(exact))))
+        elif changed and module.dtype.itemsize < max(4, update.dtype.itemsize):
+            rounding = float(torch.linalg.vector_norm(update.distance(result)))
             measurement = replace(measurement, rounding=rounding)
         self.measured[module.name] = measurement
         if result.rank < module.rank:  # a member of a group with less: filled up to the common rank
@@ -309,7 +322,9 @@ def _usable(device: torch.device | str | None) -> torch.device | None:
     if device is None:
         return None
     try:
-        return torch.empty(0, device=device).device
+        probe = torch.zeros(1, device=device)
+        probe.item()  # "meta" holds no numbers
+        return probe.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise LoraSqueezeError(f"device {str(device)!r} cannot be used here ({reason:.120})") from error
@@ -338,12 +353,6 @@ def _find_fault(name: str, update: LowRank) -> None:
         update.decompose("qr")
     except LoraSqueezeError as error:
         raise LoraSqueezeError(f"{name}: {error}") from None
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Whether there is no NaN or infinity; the extremes are found many times faster than by isfinite().all()."""
-    low, high = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
-    return bool(low.isfinite() & high.isfinite())
 
 
 def _rounding(exact: LowRank, stored: LowRank) -> float | None:

@@ -51,7 +51,7 @@ class Unit:
 
     Args:
         name: for messages.
-        rank: source rank.
+        rank: source rank, or the number of directions where that is less.
         values: singular values of each member, descending.
         cost: price of one unit of rank, in parameters or bytes: the unit of the budget.
         floor: smallest rank allowed; 0 lets the module leave the adapter.
@@ -319,14 +319,14 @@ def _greedy(
     lost = math.fsum(e for row, k in zip(energies, ranks, strict=True) for e in row[k:])
 
     heap: list[tuple[float, int, int, float, int]] = []
+    steps = [itertools.pairwise(ladder) for ladder in ladders]
 
     def offer(i: int) -> None:
-        above = [k for k in ladders[i] if k > ranks[i]]
-        if above:
-            gain = math.fsum(energies[i][ranks[i] : above[0]])
-            cost = (above[0] - ranks[i]) * units[i].cost
-            if gain > 0:
-                heapq.heappush(heap, (-gain / cost, i, above[0], gain, cost))
+        below, above = next(steps[i], (0, 0))
+        gain = math.fsum(energies[i][below:above])
+        cost = (above - below) * units[i].cost
+        if gain > 0:
+            heapq.heappush(heap, (-gain / cost, i, above, gain, cost))
 
     for i in range(len(units)):
         offer(i)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +12,7 @@ from lora_squeeze.adapter import Adapter, Module, Progress
 from lora_squeeze.base_figures import BaseComparison, BaseFigures, Weights, compare
 from lora_squeeze.curves import Point, Tradeoff, lost_shares, pooled
 from lora_squeeze.data_aware import loss_without
+from lora_squeeze.dials import type_of
 from lora_squeeze.effective_rank import entropy_rank, numerical_rank, stable_rank
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.post_squeeze import Measurement, Squeezed, measure
@@ -313,7 +313,7 @@ def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """The modules by the end of their name, such as q_proj or to_out.0, in the order in which these occur."""
     kinds: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        kinds[re.split(r"\.(?!\d+(?:\.|$))", row.name)[-1]].append(row)
+        kinds[type_of(row.name)].append(row)
     return dict(kinds)
 
 

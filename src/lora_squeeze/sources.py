@@ -46,7 +46,7 @@ def open_source(
         vocabulary: of a fine-tuned model, what becomes of changed embeddings and output heads: "leave" them as in the
             base (default), "lora" makes them modules, "carry" keeps the whole tensors.
         carry: of a fine-tuned model, keep what no LoRA holds, changed norms and biases, as whole tensors.
-        subfolder, revision: as for `lora_squeeze.load`.
+        subfolder, revision: of the source, as for `lora_squeeze.load`.
 
     Returns:
         A lazy Adapter.
@@ -55,7 +55,7 @@ def open_source(
         LoraSqueezeError: as `lora_squeeze.load`; a base model that is needed and not given.
     """
     if initial is not None:
-        return subtract(*load_pair(Path(source), Path(initial)))
+        return subtract(*load_pair(locate(source, subfolder=subfolder, revision=revision), Path(initial)))
     path = Path(source).expanduser()
     if path.is_dir() and not subfolder and (path / _MODEL_CONFIG).is_file() and not (path / CONFIG_NAME).exists():
         return _extracted(path, base, rank, vocabulary or "leave", carry)

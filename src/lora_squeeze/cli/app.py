@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -18,7 +19,30 @@ from lora_squeeze.cli.convert import convert
 from lora_squeeze.cli.fleet import fleet as fleet_command
 from lora_squeeze.cli.merge import merge, rank_up, subtract
 from lora_squeeze.cli.methods import methods as methods_command
-from lora_squeeze.cli.options import AdapterArgument, Each, Json, Revision, Subfolder, rank_list
+from lora_squeeze.cli.options import (
+    AdapterArgument,
+    Allocate,
+    Device,
+    DryRun,
+    Dtype,
+    Each,
+    Energy,
+    Error,
+    Force,
+    Json,
+    MaxRank,
+    MinRank,
+    MultipleOf,
+    Output,
+    Params,
+    Rank,
+    Ranks,
+    Revision,
+    SameRankPer,
+    Size,
+    Subfolder,
+    rank_list,
+)
 from lora_squeeze.cli.options import load_adapter as _load
 from lora_squeeze.cli.options import option as _option
 from lora_squeeze.cli.options import parse_dtype as _dtype
@@ -29,6 +53,7 @@ from lora_squeeze.errors import LoraSqueezeError
 
 if TYPE_CHECKING:
     from lora_squeeze.adapter import Adapter
+    from lora_squeeze.report import Report
 
 app = typer.Typer(
     name="lora-squeeze",
@@ -42,6 +67,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; refused requests become one line on standard error and exit code 1."""
+    if sys.stdout is None:  # closed by whoever started the command
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         try:
             app()
@@ -53,13 +80,24 @@ def main() -> None:
     except (BrokenPipeError, KeyboardInterrupt, SystemExit) as stop:
         # Some releases of typer let an interruption through, others make an exit of it.
         if isinstance(stop, KeyboardInterrupt) or isinstance(_cause(stop.__context__), KeyboardInterrupt):
-            print("lora-squeeze: interrupted; nothing was written", file=sys.stderr)
+            print("lora-squeeze: interrupted; an output is there as a whole or not at all", file=sys.stderr)
             sys.exit(130)
         if not isinstance(stop, BrokenPipeError) and not isinstance(stop.__context__, BrokenPipeError):
             raise
         # The reader of a pipe has seen enough; the command's framework may have turned that into exit code 1.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        _silence()
+        print(f"lora-squeeze: cannot write ({error.strerror}); standard output may not be whole", file=sys.stderr)
+        sys.exit(1)
+
+
+def _silence() -> None:
+    """What standard output still holds goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _cause(error: BaseException | None) -> BaseException | None:
@@ -78,23 +116,21 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command()
 def squeeze(
     adapter: AdapterArgument,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder or file to write.", show_default=False)
-    ] = None,
-    rank: Annotated[int | None, _option("rank")] = None,
-    energy: Annotated[float | None, _option("energy")] = None,
-    error: Annotated[float | None, _option("error")] = None,
-    size: Annotated[str | None, _option("size")] = None,
-    params: Annotated[int | None, _option("params")] = None,
+    output: Output = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    error: Error = None,
+    size: Size = None,
+    params: Params = None,
     sv_ratio: Annotated[float | None, _option("sv_ratio")] = None,
     sv_cumulative: Annotated[float | None, _option("sv_cumulative")] = None,
     sv_fro: Annotated[float | None, _option("sv_fro")] = None,
-    allocate: Annotated[str | None, _option("allocate")] = None,
-    min_rank: Annotated[int, _option("min_rank")] = 0,
-    max_rank: Annotated[int | None, _option("max_rank")] = None,
-    multiple_of: Annotated[int, _option("multiple_of")] = 1,
-    ranks: Annotated[str | None, _option("ranks")] = None,
-    same_rank_per: Annotated[str, _option("same_rank_per")] = "module",
+    allocate: Allocate = None,
+    min_rank: MinRank = 0,
+    max_rank: MaxRank = None,
+    multiple_of: MultipleOf = 1,
+    ranks: Ranks = None,
+    same_rank_per: SameRankPer = "module",
     plan: Annotated[
         Path | None,
         typer.Option(help="File with the rank of every module, from the plan command, in place of a rule."),
@@ -103,13 +139,13 @@ def squeeze(
     base: Base = None,
     method: Annotated[str, _option("method")] = "gram",
     alpha: Annotated[str, _option("alpha")] = "keep",
-    dtype: Annotated[str | None, _option("dtype")] = None,
-    device: Annotated[str | None, _option("device")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
     seed: Annotated[int, _option("seed")] = 0,
     subfolder: Subfolder = None,
     revision: Revision = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is at the output.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Compute and show the figures, write nothing.")] = False,
+    force: Force = False,
+    dry_run: DryRun = False,
     each: Each = False,
     as_json: Json = False,
 ) -> None:
@@ -143,6 +179,8 @@ def squeeze(
     if planned is not None and "loss_increase" in planned.totals and asked.found is None:
         note = "the plan was made with data: without --calibrate its ranks are kept, but cut plainly"
         report = replace(report, notes=[*report.notes, note])
+    if planned is not None and (other := planned.note_for(source)):
+        report = replace(report, notes=[*report.notes, other])
     if as_json:
         written = None if dry_run or output is None else str(output)
         print(json.dumps({**report.to_json(), **losses, "rank": result.rank, "output": written}))
@@ -200,7 +238,8 @@ def inspect(
         return
     console = show.console()
     console.print(*show.inspect_tables(report, each))
-    lines = [*show.bytes_lines(report, after=False), *report.notes, *show.recommendation(report)]
+    told = [*report.notes, *_to_drop(source, report)]
+    lines = [*show.bytes_lines(report, after=False), *told, *show.recommendation(report)]
     for line in [*lines, *([] if html is None else [f"page written to {html}"])]:
         console.print(line, markup=False, highlight=False)
 
@@ -236,6 +275,20 @@ app.command("rank-up")(rank_up)
 app.command("search")(search_command)
 app.command("fleet")(fleet_command)
 app.command("methods")(methods_command)
+
+
+def _to_drop(source: Adapter, report: Report) -> list[str]:
+    """How to write the adapter without tensors that the base model has too."""
+    equal = sum(tensor.equal for tensor in report.base.carried) if report.base else 0
+    if not equal:
+        return []
+    call = f"lora-squeeze convert ADAPTER --to {report.format} --without-extras -o OUT"
+    if equal == len(source.extras):
+        return [f"all that it carries is in the base: {call} writes it without"]
+    return [
+        f"{equal} of the {len(source.extras)} tensors that it carries are in the base: leave their layers out where "
+        f"the adapter is saved; {call} leaves out all of them, the changed ones too"
+    ]
 
 
 def _refuse_no_op(source: Adapter, result: Adapter, alpha: str) -> None:

@@ -42,7 +42,7 @@ def calibrate(
     adapter: AdapterArgument,
     data: Annotated[str, typer.Argument(help="Examples such as the adapter was trained on: a file or a hub id.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File to write, such as statistics.safetensors.", show_default=False)
+        Path, typer.Option("--output", "-o", help="File to write, ending in .safetensors.", show_default=False)
     ],
     base: Base = None,
     split: Annotated[str, _example("split")] = "train",
@@ -66,6 +66,8 @@ def calibrate(
     from lora_squeeze.hub import load, locate
     from lora_squeeze.training.calibration import Examples, Subject
 
+    if output.suffix != ".safetensors":
+        raise typer.BadParameter("the name must end in .safetensors, by which --calibrate knows it", param_hint="-o")
     check_target(output, force=force)
     asked = Examples(data, split, subset, examples, batch_size, max_length, seed)
     folder = locate(adapter, subfolder=subfolder, revision=revision)

@@ -9,7 +9,31 @@ from typing import Annotated, Any
 import typer
 
 from lora_squeeze.cli.docs import option_help
-from lora_squeeze.cli.options import Each, Json, Revision, Subfolder, option, parse_dtype
+from lora_squeeze.cli.options import (
+    Allocate,
+    Device,
+    DryRun,
+    Dtype,
+    Each,
+    Energy,
+    Error,
+    Force,
+    Json,
+    MaxRank,
+    MinRank,
+    MultipleOf,
+    Output,
+    Params,
+    Rank,
+    Ranks,
+    Revision,
+    SameRankPer,
+    Size,
+    Subfolder,
+    option,
+    parse_dtype,
+    rank_list,
+)
 
 
 def _own(name: str, *flags: str) -> Any:
@@ -19,15 +43,18 @@ def _own(name: str, *flags: str) -> Any:
 def convert(
     source: Annotated[str, typer.Argument(help=option_help("sources", "open_source")["source"])],
     to: Annotated[str, _own("to", "--to")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder or file to write.", show_default=False)
-    ] = None,
-    rank: Annotated[int | None, option("rank")] = None,
-    energy: Annotated[float | None, option("energy")] = None,
-    error: Annotated[float | None, option("error")] = None,
-    size: Annotated[str | None, option("size")] = None,
-    params: Annotated[int | None, option("params")] = None,
-    max_rank: Annotated[int | None, option("max_rank")] = None,
+    output: Output = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    error: Error = None,
+    size: Size = None,
+    params: Params = None,
+    allocate: Allocate = None,
+    min_rank: MinRank = None,
+    max_rank: MaxRank = None,
+    multiple_of: MultipleOf = None,
+    ranks: Ranks = None,
+    same_rank_per: SameRankPer = None,
     base: Annotated[str | None, _own("base")] = None,
     initial: Annotated[str | None, option("initial", module="sources", function="open_source")] = None,
     vocabulary: Annotated[str | None, option("vocabulary", module="sources", function="open_source")] = None,
@@ -40,13 +67,13 @@ def convert(
         typer.Option("--without-extras", help="Leave out what is beside the factors: embeddings, heads, biases."),
     ] = False,
     method: Annotated[str, option("method")] = "gram",
-    dtype: Annotated[str | None, option("dtype")] = None,
-    device: Annotated[str | None, option("device")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
     seed: Annotated[int, option("seed")] = 0,
     subfolder: Subfolder = None,
     revision: Revision = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is at the output.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Compute and show the figures, write nothing.")] = False,
+    force: Force = False,
+    dry_run: DryRun = False,
     each: Each = False,
     as_json: Json = False,
 ) -> None:
@@ -68,7 +95,9 @@ def convert(
         result = converted(
             adapter, to, base=base, component=component, architecture=architecture, exclude=exclude,
             extras=not without_extras, rank=rank, energy=energy, error=error, size=size, params=params,
-            max_rank=max_rank, method=method, dtype=parse_dtype(dtype), device=device, seed=seed, progress=progress,
+            allocate=allocate, min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of, ranks=rank_list(ranks),
+            same_rank_per=same_rank_per, method=method, dtype=parse_dtype(dtype), device=device, seed=seed,
+            progress=progress,
         )  # fmt: skip
     target = None if dry_run else output
     if target is not None:

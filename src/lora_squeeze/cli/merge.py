@@ -11,7 +11,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_squeeze.cli.docs import option_help
-from lora_squeeze.cli.options import AdapterArgument, Each, Json, Revision, Subfolder, load_adapter, option, parse_dtype
+from lora_squeeze.cli.options import (
+    AdapterArgument,
+    Allocate,
+    Device,
+    DryRun,
+    Dtype,
+    Each,
+    Energy,
+    Error,
+    Force,
+    Json,
+    MaxRank,
+    MinRank,
+    MultipleOf,
+    Output,
+    Params,
+    Rank,
+    Ranks,
+    Revision,
+    SameRankPer,
+    Size,
+    Subfolder,
+    load_adapter,
+    option,
+    parse_dtype,
+    rank_list,
+)
 
 if TYPE_CHECKING:
     from lora_squeeze.adapter import Adapter
@@ -21,19 +47,7 @@ def _own(name: str, *flags: str) -> Any:
     return option(name, *flags, module="combine", function="merge")
 
 
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder or file to write.", show_default=False)]
-Rank = Annotated[int | None, option("rank")]
-Energy = Annotated[float | None, option("energy")]
-Error = Annotated[float | None, option("error")]
-Size = Annotated[str | None, option("size")]
-Params = Annotated[int | None, option("params")]
-MinRank = Annotated[int | None, option("min_rank")]
-MaxRank = Annotated[int | None, option("max_rank")]
-Dtype = Annotated[str | None, option("dtype")]
-Device = Annotated[str | None, option("device")]
 ExtrasFrom = Annotated[int | None, _own("extras_from")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is at the output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Compute and show the figures, write nothing.")]
 
 
 def merge(
@@ -53,8 +67,12 @@ def merge(
     error: Error = None,
     size: Size = None,
     params: Params = None,
+    allocate: Allocate = None,
     min_rank: MinRank = None,
     max_rank: MaxRank = None,
+    multiple_of: MultipleOf = None,
+    ranks: Ranks = None,
+    same_rank_per: SameRankPer = None,
     base: Annotated[str | None, _own("base")] = None,
     method: Annotated[str, _own("method")] = "sum",
     density: Annotated[float | None, _own("density")] = None,
@@ -74,7 +92,8 @@ def merge(
     _combine(
         adapters, _load(adapters), found, output, force, dry_run, each, as_json,
         base=base, method=method, density=density, extras_from=extras_from, seed=seed, rank=rank, energy=energy,
-        error=error, size=size, params=params, min_rank=min_rank, max_rank=max_rank, dtype=parse_dtype(dtype),
+        error=error, size=size, params=params, allocate=allocate, min_rank=min_rank, max_rank=max_rank,
+        multiple_of=multiple_of, ranks=rank_list(ranks), same_rank_per=same_rank_per, dtype=parse_dtype(dtype),
         device=device,
     )  # fmt: skip
 
@@ -88,8 +107,12 @@ def subtract(
     error: Error = None,
     size: Size = None,
     params: Params = None,
+    allocate: Allocate = None,
     min_rank: MinRank = None,
     max_rank: MaxRank = None,
+    multiple_of: MultipleOf = None,
+    ranks: Ranks = None,
+    same_rank_per: SameRankPer = None,
     extras_from: ExtrasFrom = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -103,8 +126,9 @@ def subtract(
 
     _combine(
         [minuend, subtrahend], load_pair(minuend, subtrahend), [1.0, -1.0], output, force, dry_run, each, as_json,
-        extras_from=extras_from, rank=rank, energy=energy, error=error, size=size, params=params, min_rank=min_rank,
-        max_rank=max_rank, dtype=parse_dtype(dtype), device=device,
+        extras_from=extras_from, rank=rank, energy=energy, error=error, size=size, params=params, allocate=allocate,
+        min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of, ranks=rank_list(ranks),
+        same_rank_per=same_rank_per, dtype=parse_dtype(dtype), device=device,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +24,22 @@ def option(name: str, *flags: str, module: str = "post_squeeze", function: str =
 AdapterArgument = Annotated[
     str, typer.Argument(help="Adapter of any format: a folder, a file, or a hub id such as user/adapter.")
 ]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder or file to write.", show_default=False)]
+Rank = Annotated[int | None, option("rank")]
+Energy = Annotated[float | None, option("energy")]
+Error = Annotated[float | None, option("error")]
+Size = Annotated[str | None, option("size")]
+Params = Annotated[int | None, option("params")]
+Allocate = Annotated[str | None, option("allocate")]
+MinRank = Annotated[int | None, option("min_rank")]
+MaxRank = Annotated[int | None, option("max_rank")]
+MultipleOf = Annotated[int | None, option("multiple_of")]
+Ranks = Annotated[str | None, option("ranks")]
+SameRankPer = Annotated[str | None, option("same_rank_per")]
+Dtype = Annotated[str | None, option("dtype")]
+Device = Annotated[str | None, option("device")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is at the output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Compute and show the figures, write nothing.")]
 Subfolder = Annotated[str | None, option("subfolder", module="hub", function="load")]
 Revision = Annotated[str | None, option("revision", module="hub", function="load")]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]

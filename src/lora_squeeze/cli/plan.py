@@ -12,9 +12,21 @@ import typer
 from lora_squeeze.cli.calibrate import Base, Calibrate, asked_of, loss_line
 from lora_squeeze.cli.options import (
     AdapterArgument,
+    Allocate,
+    Dtype,
     Each,
+    Energy,
+    Error,
     Json,
+    MaxRank,
+    MinRank,
+    MultipleOf,
+    Params,
+    Rank,
+    Ranks,
     Revision,
+    SameRankPer,
+    Size,
     Subfolder,
     option,
     parse_dtype,
@@ -33,21 +45,21 @@ def plan(
         Path | None,
         typer.Option("--output", "-o", help="File to write: TOML, or JSON if it ends with .json.", show_default=False),
     ] = None,
-    rank: Annotated[int | None, option("rank")] = None,
-    energy: Annotated[float | None, option("energy")] = None,
-    error: Annotated[float | None, option("error")] = None,
-    size: Annotated[str | None, option("size")] = None,
-    params: Annotated[int | None, option("params")] = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    error: Error = None,
+    size: Size = None,
+    params: Params = None,
     sv_ratio: Annotated[float | None, option("sv_ratio")] = None,
     sv_cumulative: Annotated[float | None, option("sv_cumulative")] = None,
     sv_fro: Annotated[float | None, option("sv_fro")] = None,
-    allocate: Annotated[str | None, option("allocate")] = None,
-    min_rank: Annotated[int, option("min_rank")] = 0,
-    max_rank: Annotated[int | None, option("max_rank")] = None,
-    multiple_of: Annotated[int, option("multiple_of")] = 1,
-    ranks: Annotated[str | None, option("ranks")] = None,
-    same_rank_per: Annotated[str, option("same_rank_per")] = "module",
-    dtype: Annotated[str | None, option("dtype")] = None,
+    allocate: Allocate = None,
+    min_rank: MinRank = 0,
+    max_rank: MaxRank = None,
+    multiple_of: MultipleOf = 1,
+    ranks: Ranks = None,
+    same_rank_per: SameRankPer = "module",
+    dtype: Dtype = None,
     calibrate: Calibrate = None,
     base: Base = None,
     subfolder: Subfolder = None,
@@ -99,9 +111,11 @@ def _table(made: Plan, each: bool) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
+    from lora_squeeze.dials import type_of
+
     rows: dict[str, list[str]] = {}
     for name in made.modules:
-        rows.setdefault(name if each else name.rpartition(".")[2], []).append(name)
+        rows.setdefault(name if each else type_of(name), []).append(name)
     table = Table("module", "rank", "error", "reason")
     for kind, names in rows.items():
         found = [made.modules[name] for name in names]

@@ -67,6 +67,19 @@ def common_scale(adapter: Adapter) -> float:
     return scale if len(scales) == 1 and (scale := next(iter(scales))) > 0 else 1.0
 
 
+def check_layers(adapter: Adapter, reader: str) -> None:
+    """Refuse an adapter of a model with repeated layers, for a format whose readers repeat none.
+
+    Raises:
+        LoraSqueezeError: its modules would be those of other layers.
+    """
+    if adapter.config.get("layer_replication"):
+        raise LoraSqueezeError(
+            f"layer_replication: the adapter is for a model in which PEFT repeats layers; {reader} would add its "
+            "updates to other layers: merge it into the model with PEFT instead"
+        )
+
+
 def check_carries_nothing(adapter: Adapter, reader: str, way_out: str) -> None:
     """Refuse tensors beside the factors, for a format whose readers do not take them.
 

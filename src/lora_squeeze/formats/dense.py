@@ -21,7 +21,7 @@ from lora_squeeze.base_model import BaseModel, open_base
 from lora_squeeze.data_aware import TIED
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.dense_difference import matrices
-from lora_squeeze.formats.dense_keys import HEADS
+from lora_squeeze.formats.dense_keys import HEADS, INPUTS, WEIGHT, path_of
 from lora_squeeze.formats.dense_parts import Layout, Parts, Vocabulary, Wanted, sort
 from lora_squeeze.formats.dense_svd import leading_factors
 from lora_squeeze.formats.peft_config import read_json
@@ -29,7 +29,6 @@ from lora_squeeze.lowrank import LowRank
 
 MAX_RANK = 128
 _HEAD = "lm_head"  # of transformers' models that tie it to the embedding
-_INPUTS = frozenset({"embed_tokens", "wte", "embed_in"})
 
 
 def extract(
@@ -86,10 +85,11 @@ def extract(
     config: dict[str, Any] = {"base_model_name_or_path": theirs.name}
     if any(layout.layer.turned and layout.layer.kind == "linear" for layout in parts.modules.values()):
         config["fan_in_fan_out"] = True
-    tied = _tied(modules, mine, theirs)
-    if tied:
-        modules |= tied
-        config["ensure_weight_tying"] = True
+    if _ties(mine, theirs):
+        if tied := _tied(modules):
+            modules |= tied
+            config["ensure_weight_tying"] = True
+        _carry_head(parts)
     for extra in parts.extras.values():
         if extra.module is not None:  # a bias of B needs its B
             modules[extra.module] = replace(modules[extra.module], floor=1)
@@ -132,16 +132,21 @@ def _module(path: str, layout: Layout, tuned: BaseModel, base: BaseModel, max_ra
     )
 
 
-def _tied(modules: Mapping[str, Module], tuned: BaseModel, base: BaseModel) -> dict[str, Module]:
-    """The embedding and the head that is tied to it, where the embedding is a module and a configuration says so.
-
-    The files have one tensor for both, the adapter needs two modules: they share their factors, and keep one rank.
-    """
-    inputs = [name for name, m in modules.items() if m.kind == "embedding" and name.rpartition(".")[2] in _INPUTS]
+def _ties(tuned: BaseModel, base: BaseModel) -> bool:
+    """Whether the head is the embedding: the model generates, the files have no head, no configuration unties it."""
     heads = [key for model in (tuned, base) for key in model.facts if HEADS & set(key.split("."))]
     settings = _settings(base) or _settings(tuned)
     generates = any("LM" in str(name) or "Generation" in str(name) for name in settings.get("architectures") or [])
-    if len(inputs) != 1 or heads or not generates or settings.get("tie_word_embeddings") is not True:
+    return not heads and generates and settings.get("tie_word_embeddings") is not False
+
+
+def _tied(modules: Mapping[str, Module]) -> dict[str, Module]:
+    """The embedding and the head that is tied to it, where the embedding is a module.
+
+    The files have one tensor for both, the adapter needs two modules: they share their factors, and keep one rank.
+    """
+    inputs = [name for name, m in modules.items() if m.kind == "embedding" and name.rpartition(".")[2] in INPUTS]
+    if len(inputs) != 1:
         return {}
     embedding = replace(modules[inputs[0]], group=TIED, floor=1)
     head = replace(
@@ -152,6 +157,15 @@ def _tied(modules: Mapping[str, Module], tuned: BaseModel, base: BaseModel) -> d
         in_features=embedding.out_features,
     )
     return {embedding.name: embedding, _HEAD: head}
+
+
+def _carry_head(parts: Parts) -> None:
+    """Where a carried embedding is the head too, carry it as both: PEFT puts a copy in place of the embedding alone."""
+    inputs = [key for key in parts.extras if path_of(key).rpartition(".")[2] in INPUTS]
+    if len(inputs) == 1:
+        key = f"{_HEAD}{WEIGHT}"
+        parts.extras[key], parts.origins[key] = replace(parts.extras[inputs[0]], name=key), parts.origins[inputs[0]]
+        parts.notes["tied to the embedding, and carried beside it: PEFT makes them two tensors"].append(key)
 
 
 def _settings(model: BaseModel) -> Mapping[str, Any]:

@@ -31,6 +31,7 @@ EMBEDDINGS = frozenset(
     }
 )  # fmt: skip
 HEADS = frozenset({"lm_head", "embed_out", "output_projection"})
+INPUTS = frozenset({"embed_tokens", "wte", "embed_in"})  # embeddings that models tie their heads to
 _CONV1D = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})  # in GPT-2 and its kin, stored (in, out)
 _ATTENTION = ".in_proj_weight"  # nn.MultiheadAttention has one weight for q, k and v
 

@@ -86,7 +86,7 @@ class DiffusersFormat:
     """Writes an adapter as one safetensors file that `load_lora_weights` reads.
 
     Args:
-        home: the file that the adapter is read from: never written to, whatever `force` says.
+        home: the file or folder that the adapter is read from: never written to, whatever `force` says.
     """
 
     name: str = "diffusers"
@@ -94,9 +94,7 @@ class DiffusersFormat:
 
     def check_target(self, path: Path, *, force: bool) -> None:
         """Refuse the source itself, and what cannot be replaced."""
-        if self.home is not None and path.resolve() == self.home:
-            raise LoraSqueezeError(f"{quoted(path)} is the file that the adapter is read from; choose another output")
-        check_target(path, force=force)
+        check_target(path, force=force, home=self.home)
 
     def save(self, adapter: Adapter, path: Path, *, force: bool, progress: Progress | None) -> None:
         """Write the file; one batch of modules is in memory at a time."""

@@ -106,7 +106,7 @@ class KohyaFormat:
     """Writes an adapter as one safetensors file of plain LoRA factors.
 
     Args:
-        home: the file that the adapter is read from: never written to, whatever `force` says.
+        home: the file or folder that the adapter is read from: never written to, whatever `force` says.
     """
 
     name: str = "kohya"
@@ -114,9 +114,7 @@ class KohyaFormat:
 
     def check_target(self, path: Path, *, force: bool) -> None:
         """Refuse the source itself, and what cannot be replaced."""
-        if self.home is not None and path.resolve() == self.home:
-            raise LoraSqueezeError(f"{quoted(path)} is the file that the adapter is read from; choose another output")
-        check_target(path, force=force)
+        check_target(path, force=force, home=self.home)
 
     def save(self, adapter: Adapter, path: Path, *, force: bool, progress: Progress | None) -> None:
         """Write the file; one batch of modules is in memory at a time."""

@@ -307,8 +307,8 @@ def _notes(modules: Mapping[str, Module], extras: Mapping[str, Extra]) -> list[s
     flat = [m.name for m in modules.values() if _may_be_flat(m)]
     if flat:
         notes.append(
-            f"{quoted(flat[0])} may be a convolution, whose kernel is not in the file: its factors are written as "
-            "matrices, which ComfyUI takes for both; sd-scripts and LyCORIS stop with an error if it is one"
+            f"{quoted(flat[0])} may be a convolution, whose kernel is not in the file: a kohya file gets its factors "
+            "as matrices, which ComfyUI takes for both; sd-scripts and LyCORIS stop with an error if it is one"
         )
     if any(extra.kind == "bias" for extra in extras.values()):
         notes.append(

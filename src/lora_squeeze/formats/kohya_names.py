@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from math import prod
 from pathlib import Path
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from lora_squeeze.adapter import Adapter, Module, Progress
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.formats.kohya_maps import choose
+from lora_squeeze.formats.kohya_keys import Layout
+from lora_squeeze.formats.kohya_maps import choose, fitting
 from lora_squeeze.formats.kohya_maps.layer import Architecture, Layer, Place
+from lora_squeeze.formats.lycoris import PLAIN
 from lora_squeeze.formats.safetensors_header import quoted
 from lora_squeeze.lowrank import LowRank
 
@@ -114,7 +117,8 @@ def neutral(adapter: Adapter, architecture: str | None = None) -> Adapter:
 
     Raises:
         LoraSqueezeError: a name that is none of the architecture, or of none that is known; a name that means different
-            layers in two of them; two names of one layer; a module whose shape is not the layer's.
+            layers in two of them; two names of one layer; a module whose shape is not the layer's; a kernel that
+            neither the file nor the name shows.
 
     Notes:
         Exact. The names alone decide, except that the factors of layers which are taken apart are read once, one layer
@@ -126,6 +130,7 @@ def neutral(adapter: Adapter, architecture: str | None = None) -> Adapter:
         {'unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q': Module(...), ...}
     """
     places = choose(adapter.modules, architecture, Architecture.places)
+    kernels = _kernels(adapter, fitting(adapter.modules, architecture, Architecture.places))
     modules: dict[str, Module] = {}
     cuts: dict[str, Cut] = {}
     fused = 0
@@ -138,7 +143,7 @@ def neutral(adapter: Adapter, architecture: str | None = None) -> Adapter:
                     f"{quoted(name)} and {quoted(cuts[target].name)} are both the layer {target}; readers take one of "
                     "them or both: remove one"
                 )
-            cuts[target], modules[target] = cut, _module(target, module, cut)
+            cuts[target], modules[target] = cut, _module(target, module, cut, kernels[name])
     return replace(
         adapter,
         modules=modules,
@@ -157,6 +162,34 @@ def part_rows(layer: Layer, in_features: int) -> list[tuple[int, int]]:
     """First row, and the one after the last, of every part of a layer that is several in diffusers."""
     ends = list(accumulate((rows * in_features for rows in layer.parts), initial=0))
     return list(pairwise(ends))
+
+
+def _kernels(adapter: Adapter, fitting: Mapping[str, Mapping[str, Place]]) -> dict[str, tuple[int, ...]]:
+    """The kernel of every module: as the file shows it, else that of the layer."""
+    kernels = {name: module.kernel for name, module in adapter.modules.items()}
+    for name, module in adapter.modules.items():
+        known = {key: places[name].layer.kernel for key, places in fitting.items()}
+        kernel, *others = dict.fromkeys(known.values())
+        if module.kernel or (others and _is_plain(module)):  # plain factors of a convolution mostly show that they are
+            continue
+        if others:
+            one, other = (next(key for key in known if known[key] == each) for each in (kernel, others[0]))
+            raise LoraSqueezeError(
+                f"{quoted(name)} is a convolution in {one if kernel else other} and a linear layer in "
+                f"{other if kernel else one}, and the file does not show which; say which model it is for with "
+                f"architecture={one!r} or {other!r} (--architecture)"
+            )
+        if module.in_features % prod(kernel):
+            raise LoraSqueezeError(
+                f"{quoted(name)} has {module.in_features} columns, which are no multiple of the kernel "
+                f"{' x '.join(map(str, kernel))} of this layer: is it of another architecture?"
+            )
+        kernels[name] = kernel
+    return kernels
+
+
+def _is_plain(module: Module) -> bool:
+    return not isinstance(module.layout, Layout) or module.layout.form == PLAIN
 
 
 def _notes(adapter: Adapter, fused: int) -> Iterator[str]:
@@ -195,13 +228,15 @@ def _columns(B: Tensor) -> tuple[int, ...]:
     return tuple(torch.nonzero((B.float() if B.dtype.itemsize == 1 else B).ne(0).any(0)).flatten().tolist())
 
 
-def _module(name: str, module: Module, cut: Cut) -> Module:
+def _module(name: str, module: Module, cut: Cut, kernel: tuple[int, ...]) -> Module:
     whole = cut.columns is None and (cut.start, cut.stop) == (0, module.out_features)
     return replace(
         module,
         name=name,
         rank=module.rank if cut.columns is None else len(cut.columns),
         out_features=cut.stop - cut.start,
+        kind="conv" if kernel else module.kind,
+        kernel=kernel,
         layout=None,
         source_bytes=module.source_bytes if whole else max(module.size_bytes, module.source_bytes),
     )

@@ -145,8 +145,12 @@ def _lokr(shapes: Shapes) -> Facts | None:
 
 def _lokr_factors(tensors: Tensors) -> tuple[Tensor, Tensor]:
     (B1, A1), (B2, A2) = _least(tensors, "lokr_w1"), _least(tensors, "lokr_w2", "lokr_t2")
-    # A transposed view is more than torch.kron takes.
-    return torch.kron(B1.contiguous(), B2.contiguous()), torch.kron(A1, A2)
+    return _kron(B1, B2), _kron(A1, A2)
+
+
+def _kron(one: Tensor, other: Tensor) -> Tensor:
+    """The Kronecker product of two matrices of any strides, of which torch.kron takes some only."""
+    return (one[:, None, :, None] * other[None, :, None]).flatten(2).flatten(0, 1)
 
 
 def _least(tensors: Tensors, stem: str, core: str = "") -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.folder import check_target, replace_folder
 from lora_squeeze.formats.history import read_history
 from lora_squeeze.formats.model_card import CARD_NAME, model_card
+from lora_squeeze.formats.peft import beside
 from lora_squeeze.formats.peft_config import CONFIG_NAME, is_number, read_json
 from lora_squeeze.formats.peft_keys import Shapes
 from lora_squeeze.formats.safetensors_header import check_shown, quoted
@@ -37,6 +38,7 @@ GROUP = "all: mlx-lm has one rank for all modules"
 _FACTOR = re.compile(r"^(?P<path>.+)\.lora_(?P<side>[ab])$")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|tok_embeddings|word_embeddings|embedding|embeddings|embed_in|wte)$")
 _PLAIN = "train it with fine_tune_type 'lora'"
+_WRITTEN = (torch.float32, torch.float16, torch.bfloat16)
 _REFUSED_TYPES = {
     "dora": (
         "DoRA: its magnitude vector rescales base weight and update together, a change of full rank that depends on "
@@ -111,6 +113,7 @@ def load(path: Path) -> Adapter:
         modules, extras, notes = _parse(shapes, parameters["rank"], float(parameters["scale"]))
     except LoraSqueezeError as error:
         raise LoraSqueezeError(f"{folder}: {error}") from None
+    companions, strange = beside(folder, (CARD_NAME,))
     return Adapter(
         modules=modules,
         extras=extras,
@@ -120,8 +123,8 @@ def load(path: Path) -> Adapter:
         default_scale=float(parameters["scale"]),
         metadata=dict(file.metadata),
         history=read_history(file.metadata),
-        companions=tuple(card for card in (folder / CARD_NAME,) if card.is_file()),
-        notes=tuple(notes),
+        companions=companions,
+        notes=(*notes, *strange),
     )
 
 
@@ -258,6 +261,11 @@ class MlxFormat:
     def save(self, adapter: Adapter, path: Path, *, force: bool, progress: Progress | None) -> None:
         """Write configuration and weights, and the model card if there is one; one batch of modules is in memory."""
         self.check_target(path, force=force)
+        for module in adapter.modules.values():
+            if module.dtype not in _WRITTEN:
+                raise LoraSqueezeError(
+                    f"{module.name}: MLX cannot read factors of {module.dtype}; ask for dtype float16 (--dtype float16)"
+                )
         with replace_folder(path, force=force, owned=OWNED) as staging:
             _write_weights(adapter, staging / WEIGHTS_NAME, progress)
             (staging / CONFIG_NAME).write_text(json.dumps(_config(adapter), indent=4, sort_keys=True) + "\n")

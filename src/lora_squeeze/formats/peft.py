@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lora_squeeze.adapter import Adapter, Extra, Module, Progress
+from lora_squeeze.adapter import Adapter, Extra, Module, Progress, rescaled
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.folder import check_target, replace_folder
 from lora_squeeze.formats.history import read_history
@@ -29,7 +29,7 @@ from lora_squeeze.formats.peft_keys import PREFIX, Layout, parse
 from lora_squeeze.formats.pickles import check_pickled, load_pickle
 from lora_squeeze.formats.safetensors_header import not_safetensors, quoted
 from lora_squeeze.formats.safetensors_io import PIECE_BYTES, TensorFile, read_regular
-from lora_squeeze.formats.streaming import header_bound, write_tensors
+from lora_squeeze.formats.streaming import check_finite, header_bound, write_tensors
 from lora_squeeze.lowrank import LowRank
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -168,8 +168,7 @@ def load(folder: Path, *, of_pair: bool = False) -> Adapter:
         raise LoraSqueezeError(f"{folder}: {error}") from None
     first = next(iter(modules.values()))
     top = config.get("r", first.rank)
-    companions = [folder / name for name in (CARD_NAME, *COMPANIONS) if (folder / name).is_file()]
-    strange = [path for path in companions if not belongs(path)]
+    companions, strange = beside(folder)
     return Adapter(
         modules=modules,
         extras=extras,
@@ -179,9 +178,17 @@ def load(folder: Path, *, of_pair: bool = False) -> Adapter:
         default_scale=_default_scale(config, top),
         metadata=dict(file.metadata),
         history=read_history(file.metadata),
-        companions=tuple(path for path in companions if path not in strange),
-        notes=(*notes, *(f"{path.name}: a link that leads out of the folder; it is not copied" for path in strange)),
+        companions=companions,
+        notes=(*notes, *strange),
     )
+
+
+def beside(folder: Path, names: Sequence[str] = (CARD_NAME, *COMPANIONS)) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """The files of these names that may be copied, and a note of every other."""
+    found = [folder / name for name in names if (folder / name).is_file()]
+    strange = [path for path in found if not belongs(path)]
+    notes = tuple(f"{path.name}: a link that leads out of the folder; it is not copied" for path in strange)
+    return tuple(path for path in found if path not in strange), notes
 
 
 def belongs(path: Path) -> bool:
@@ -237,13 +244,14 @@ def _write_weights(adapter: Adapter, path: Path, progress: Progress | None) -> N
     scale = _scale(adapter)
 
     def stored(module: Module, update: LowRank) -> dict[str, Tensor]:
-        keys = module.layout.new_keys(module.kind)
-        return dict(zip(keys, _stored(module, update.with_scale(scale)), strict=True))
+        update = update.with_scale(scale)
+        check_finite(module, update.A, update.B)
+        return dict(zip(module.layout.new_keys(module.kind), _stored(module, update), strict=True))
 
     def carried(extra: Extra) -> tuple[str, Iterator[Tensor]]:
         pieces = adapter.pieces(extra.name)
         if extra.module is not None and (ratio := adapter.modules[extra.module].scale / scale) != 1:
-            pieces = ((piece * ratio).to(piece.dtype) for piece in pieces)
+            pieces = (rescaled(extra.name, piece, ratio) for piece in pieces)
         return _new_key(extra.name, adapter), pieces
 
     write_tensors(path, adapter, _entries(adapter), stored, progress, carried=carried)

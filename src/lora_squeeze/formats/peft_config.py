@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.formats.expressions import Expression
+from lora_squeeze.formats.expressions import MAX_LENGTH, Expression
 from lora_squeeze.formats.patterns import Patterns
 from lora_squeeze.formats.safetensors_header import check_name, check_shown
 from lora_squeeze.formats.safetensors_io import read_regular
@@ -190,14 +190,8 @@ def check_numbers(config: Mapping[str, Any]) -> None:
                 raise LoraSqueezeError(f"{field}[{pattern!r:.80}] must be a finite number, found {value!r:.80}")
             if field == "rank_pattern" and (value < 1 or value != int(value)):
                 raise LoraSqueezeError(f"{field}[{pattern!r:.80}] must be a whole number from 1, found {value!r:.80}")
-    targets = config.get("target_modules") or []
-    if isinstance(targets, str):
-        try:
-            Expression(targets)
-        except LoraSqueezeError as error:
-            raise LoraSqueezeError(f"target_modules: {error}") from None
-    elif not isinstance(targets, list) or not all(isinstance(item, str) for item in targets):
-        raise LoraSqueezeError(f"target_modules must be an expression or a list of names, found {targets!r:.80}")
+    for field in ("target_modules", "exclude_modules"):
+        _check_rule(field, config.get(field) or [])
     for field in ("target_parameters", "modules_to_save"):
         value = config.get(field) or []
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -208,9 +202,18 @@ def check_numbers(config: Mapping[str, Any]) -> None:
             check_shown([name])
         except LoraSqueezeError as error:
             raise LoraSqueezeError(f"target_parameters: {error}") from None
-    excluded = config.get("exclude_modules") or []
-    if not isinstance(excluded, str | list) or not all(isinstance(item, str) for item in excluded):
-        raise LoraSqueezeError(f"exclude_modules must be an expression or a list of names, found {excluded!r:.80}")
+
+
+def _check_rule(field: str, rule: object) -> None:
+    """Refuse what says no modules."""
+    # One that excludes thousands of modules, each by its name, is longer than what is matched here.
+    if isinstance(rule, str) and (field == "target_modules" or len(rule) <= MAX_LENGTH):
+        try:
+            Expression(rule)
+        except LoraSqueezeError as error:
+            raise LoraSqueezeError(f"{field}: {error}") from None
+    elif not isinstance(rule, str | list) or not all(isinstance(item, str) for item in rule):
+        raise LoraSqueezeError(f"{field} must be an expression or a list of names, found {rule!r:.80}")
 
 
 def _patterns(field: str, config: Mapping[str, Any]) -> Patterns:

@@ -13,18 +13,38 @@ from lora_squeeze.formats.folder import explained, hidden_name, is_alive, make_p
 from lora_squeeze.formats.safetensors_header import quoted
 
 
-def check_target(target: Path, *, force: bool) -> None:
+def check_target(target: Path, *, force: bool, home: Path | None = None) -> None:
     """Refuse a file that `replace_file` would refuse at its start.
 
+    Args:
+        target: the file to write.
+        force: it may be replaced.
+        home: the file or folder that is read from, whose files are never replaced.
+
     Raises:
-        LoraSqueezeError: it is a folder, or it exists and `force` is not given.
+        LoraSqueezeError: it is a folder, a file of the source, or it exists and `force` is not given.
     """
+    if home is not None:
+        check_source(target, home)
     if target.is_dir():
         raise LoraSqueezeError(f"{quoted(target)} is a folder; name the file to be written in it")
     if os.path.lexists(target) and not force:
         raise LoraSqueezeError(
             f"{quoted(target)} exists already and nothing was written; choose another name, or replace it with --force "
             "(force=True)"
+        )
+
+
+def check_source(target: Path, home: Path) -> None:
+    """Refuse the file or folder that is read from, and a file in that folder."""
+    real = target.resolve()
+    if real == home:
+        what = "folder" if real.is_dir() else "file"
+        raise LoraSqueezeError(f"{quoted(target)} is the {what} that the adapter is read from; choose another output")
+    if real.is_file() and real.parent == home:
+        raise LoraSqueezeError(
+            f"{quoted(target)} is a file of the folder that the adapter is read from, which is left as it is; choose "
+            "another output"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_squeeze.adapter import Adapter, Extra, Module, Progress
+from lora_squeeze.adapter import Adapter, Extra, Module, Progress, is_finite
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.history import header_strings, reserve_bytes
 from lora_squeeze.formats.safetensors_header import header_json, layout
@@ -71,8 +71,8 @@ def check_finite(module: Module, *factors: Tensor) -> None:
     Raises:
         LoraSqueezeError: NaN, infinity, or numbers that the dtype of the module does not hold.
     """
-    for factor in factors:  # torch cannot tell for all kinds of float8
-        if not (factor.float() if factor.dtype.itemsize == 1 else factor).isfinite().all():
+    for factor in factors:
+        if not is_finite(factor):
             raise LoraSqueezeError(
                 f"{module.name}: the factors hold NaN or infinity, or do not fit in {module.dtype}; ask for dtype "
                 "float32 or bfloat16 if the source is sound"

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_squeeze.adapter import Adapter, Module
 from lora_squeeze.base_model import BaseModel
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.formats.borrowed import Borrowed, Origin, check_carries_nothing, common_scale
+from lora_squeeze.formats.borrowed import Borrowed, Origin, check_carries_nothing, check_layers, common_scale
 from lora_squeeze.formats.gguf_file import Field
 from lora_squeeze.formats.gguf_lora import ALPHA_KEY, FILE_TYPE_KEY, GgufFormat, Layout
 from lora_squeeze.formats.gguf_names import GgufBase
@@ -33,11 +33,12 @@ def adopt(adapter: Adapter, base: GgufBase) -> Adapter:
         parameter gate_up_proj of experts becomes two tensors with the same A.
 
     Raises:
-        LoraSqueezeError: a module without a tensor in the base model, of another size there, a convolution, or a
-            carried tensor.
+        LoraSqueezeError: a module without a tensor in the base model, of another size there, a convolution, a
+            carried tensor, or layers that PEFT repeats.
     """
     if isinstance(adapter.format, GgufFormat):
         return adapter
+    check_layers(adapter, "llama.cpp")
     check_carries_nothing(adapter, "llama.cpp", "leave them out with extras=False (--without-extras)")
     modules: dict[str, Module] = {}
     origins: dict[str, Origin] = {}

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lora_squeeze.adapter import Adapter, Module
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.formats.borrowed import Borrowed, Origin, check_carries_nothing, common_scale
+from lora_squeeze.formats.borrowed import Borrowed, Origin, check_carries_nothing, check_layers, common_scale
 from lora_squeeze.formats.mlx import GROUP, Layout, MlxFormat
 
 _BLOCK = re.compile(r"^(?:.+\.)?(?:layers|h|blocks)\.\d+\.(?P<inner>.+)$")
@@ -23,7 +23,8 @@ def adopt(adapter: Adapter) -> Adapter:
         A lazy Adapter that saves as an mlx-lm folder, all modules at one rank: lower ones are filled up with zeros.
 
     Raises:
-        LoraSqueezeError: a convolution, experts, or a carried tensor: mlx-lm takes none of them.
+        LoraSqueezeError: a convolution, experts, a carried tensor, or layers that PEFT repeats: mlx-lm takes none of
+            them.
 
     Notes:
         The configuration names the modules for all blocks of the model (num_layers -1). Where a block has no update of
@@ -32,6 +33,7 @@ def adopt(adapter: Adapter) -> Adapter:
     if isinstance(adapter.format, MlxFormat):
         return adapter
     check_carries_nothing(adapter, "mlx-lm", "leave them out with extras=False (--without-extras)")
+    check_layers(adapter, "mlx-lm")
     if adapter.config.get("alora_invocation_tokens"):
         raise LoraSqueezeError(
             "an activated LoRA acts from its invocation tokens on; mlx-lm would apply it to all tokens"

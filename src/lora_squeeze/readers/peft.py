@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+from lora_squeeze.formats.expressions import Expression
 from lora_squeeze.formats.peft_keys import NESTED, PREFIX
 from lora_squeeze.readers.facts import PEFT, Facts
 from lora_squeeze.readers.rule import (
@@ -120,21 +120,23 @@ def _without_prefix(facts: Facts) -> Iterable[str]:
 def _untargeted(facts: Facts) -> Iterable[str]:
     """Modules that the configuration does not make: their tensors find no place."""
     targets, excluded = facts.config.get("target_modules") or [], facts.config.get("exclude_modules") or []
-    if targets == "all-linear" or facts.config.get("ensure_weight_tying"):
+    if not facts.pairs or targets == "all-linear" or facts.config.get("ensure_weight_tying"):
         return []
+    made, left_out = _rule(targets), _rule(excluded)
     return [
         pair.name
         for pair in facts.pairs
-        if not pair.name.startswith(f"{pair.path.replace(NESTED, '')}.")  # a parameter of it is the target
-        and (not _listed(name := pair.path.removesuffix(f"{NESTED}.out_proj"), targets) or _listed(name, excluded))
+        if pair.kind != "experts"  # their parameter is the target, whether its name is known or not
+        and not pair.name.startswith(f"{pair.path.replace(NESTED, '')}.")  # so it is here
+        and (not made(name := pair.path.removesuffix(f"{NESTED}.out_proj")) or left_out(name))
     ]
 
 
-def _listed(name: str, rule: str | list[str]) -> bool:
-    """Whether a rule of PEFT, an expression or a list of names, takes in this module."""
+def _rule(rule: str | list[str]) -> Callable[[str], bool]:
+    """What tells whether a rule of PEFT, an expression or a list of names, takes in a module."""
     if isinstance(rule, str):
-        return re.fullmatch(rule, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in rule)
+        return Expression(rule).matches
+    return lambda name: any(name == entry or name.endswith(f".{entry}") for entry in rule)
 
 
 def _foreign_names(facts: Facts, asked: Asked) -> Hit | None:

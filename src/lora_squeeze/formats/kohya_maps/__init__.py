@@ -15,8 +15,10 @@ from lora_squeeze.formats.kohya_maps.text import clip, t5
 from lora_squeeze.formats.kohya_maps.unet import unet_layers
 from lora_squeeze.formats.safetensors_header import quoted
 
-_SD_LAYERS = unet_layers((320, 640, 1280, 1280), (1, 1, 1, 0), 1, sizes=False)
-_SDXL_LAYERS = unet_layers((320, 640, 1280), (0, 2, 10), 10, sizes=True)
+_SD1_LAYERS, _SD2_LAYERS = (
+    unet_layers((320, 640, 1280, 1280), (1, 1, 1, 0), 1, sizes=False, linear=linear) for linear in (False, True)
+)
+_SDXL_LAYERS = unet_layers((320, 640, 1280), (0, 2, 10), 10, sizes=True, linear=True)
 _UNET = (("lora_unet_",), ("diffusion_model.",), ("lora_unet_", "lycoris_"))
 _TRANSFORMER = (("lora_unet_",), ("diffusion_model.",), ("lora_transformer_", "lycoris_"))
 _FIRST = ("lora_te1_", "lora_te_")  # readers take both for the first text encoder
@@ -32,14 +34,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture(
             "sd1",
             (
-                Component("unet", _SD_LAYERS, *_UNET, by_target=True),
+                Component("unet", _SD1_LAYERS, *_UNET, by_target=True),
                 Component("text_encoder", clip(12), _FIRST[::-1], _comfy("clip_l")),
             ),
         ),
         Architecture(
             "sd2",
             (
-                Component("unet", _SD_LAYERS, *_UNET, by_target=True),
+                Component("unet", _SD2_LAYERS, *_UNET, by_target=True),
                 Component("text_encoder", clip(23), _FIRST[::-1], _comfy("clip_h")),
             ),
         ),
@@ -90,23 +92,37 @@ def choose(
         LoraSqueezeError: no architecture has all names, or several have them with different entries.
     """
     names = list(names)
+    (first, chosen), *others = fitting(names, architecture, table).items()
+    for key, entries in others:
+        name = next((name for name in names if entries[name] != chosen[name]), None)
+        if name is not None:
+            raise LoraSqueezeError(
+                f"{quoted(name)} is a layer of {first} and of {key}, with another meaning; say which it is with "
+                f"architecture={first!r} or {key!r} (--architecture)"
+            )
+    return chosen
+
+
+def fitting(
+    names: Iterable[str], architecture: str | None, table: Callable[[Architecture], Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """The entries of every architecture that has all of these names. Arguments as for `choose`.
+
+    Raises:
+        LoraSqueezeError: no architecture has them all.
+    """
+    names = list(names)
     if architecture is not None and architecture not in ARCHITECTURES:
         raise LoraSqueezeError(f"unknown architecture {quoted(architecture)}: choose one of {', '.join(ARCHITECTURES)}")
     tried = {key: table(each) for key, each in ARCHITECTURES.items() if architecture in (None, key)}
     missing = {key: [name for name in names if name not in entries] for key, entries in tried.items()}
-    fitting = [key for key, absent in missing.items() if not absent]
-    if not fitting:
+    found: dict[str, Mapping[str, Any]] = {
+        key: {name: tried[key][name] for name in names} for key, absent in missing.items() if not absent
+    }
+    if not found:
         nearest = min(missing, key=lambda key: len(missing[key]))
         raise LoraSqueezeError(
             f"{quoted(missing[nearest][0])} is no layer of {' or '.join(tried)} ({len(missing[nearest])} of "
             f"{len(names)} names are not of {nearest}, which has most of them); other architectures are not known here"
         )
-    found = [{name: tried[key][name] for name in names} for key in fitting]
-    for key, entries in zip(fitting[1:], found[1:], strict=True):
-        name = next((name for name in names if entries[name] != found[0][name]), None)
-        if name is not None:
-            raise LoraSqueezeError(
-                f"{quoted(name)} is a layer of {fitting[0]} and of {key}, with another meaning; say which it is with "
-                f"architecture={fitting[0]!r} or {key!r} (--architecture)"
-            )
-    return found[0]
+    return found

@@ -49,7 +49,7 @@ def sd3(blocks: int, dual: int) -> tuple[Layer, ...]:
     scale only; which block that is differs between the models, and the number of rows tells.
     """
     layers = [
-        Layer("x_embedder.proj", ("pos_embed.proj",)),
+        Layer("x_embedder.proj", ("pos_embed.proj",), kernel=(2, 2)),
         Layer("context_embedder", ("context_embedder",)),
         *_embedder("t_embedder.mlp.0", "t_embedder.mlp.2", "timestep_embedder"),
         *_embedder("y_embedder.mlp.0", "y_embedder.mlp.2", "text_embedder"),

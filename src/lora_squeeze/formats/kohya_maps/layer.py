@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from lora_squeeze.errors import LoraSqueezeError
@@ -19,12 +19,15 @@ class Layer:
         parts: rows of each target in multiples of in_features; () where there is one target.
         halves: for one target: the two halves of its rows stand in the other order there. True, False, or None where
             they do if there are 2 in_features rows and do not if there are more.
+        kernel: of a convolution; () for linear layers. It is no part of what a name means: files show it, but for some
+            of LyCORIS.
     """
 
     name: str
     targets: tuple[str, ...]
     parts: tuple[int, ...] = ()
     halves: bool | None = False
+    kernel: tuple[int, ...] = field(default=(), compare=False)
 
     def swapped(self, out_features: int, in_features: int) -> bool:
         """Whether the halves of the rows change places between the two models.
@@ -126,7 +129,7 @@ class Architecture:
                 found |= {prefix + flat_name: place for prefix in component.prefixes}
                 found |= {prefix + layer.name: place for prefix in component.dotted}
                 for target in layer.targets:
-                    place = Place(component.name, Layer(target, (target,)))
+                    place = Place(component.name, Layer(target, (target,), kernel=layer.kernel))
                     flat_name = target.replace(".", "_")
                     found |= {prefix + flat_name: place for prefix in component.flat}
                     found |= {f"{component.name}.{path}": place for path in _spellings(target)}

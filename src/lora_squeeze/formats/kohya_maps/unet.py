@@ -21,12 +21,16 @@ _ENDS = {
     "time_embedding.linear_2": "time_embed.2",
 }
 _SIZES = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}  # XL: sizes and crops
+_KERNELS = {**dict.fromkeys(("conv_in", "conv_out", "conv1", "conv2", "conv"), (3, 3)), "conv_shortcut": (1, 1)}
+_PROJECTIONS = ("proj_in", "proj_out")  # of attentions: linear layers, or convolutions of 1 x 1
 _PER_LEVEL = 2  # resnets of a level on the way down; one more on the way up
 
 Pairs = Iterator[tuple[str, str]]  # path in diffusers, path in the original
 
 
-def unet_layers(channels: Sequence[int], depths: Sequence[int], middle: int, *, sizes: bool) -> tuple[Layer, ...]:
+def unet_layers(
+    channels: Sequence[int], depths: Sequence[int], middle: int, *, sizes: bool, linear: bool
+) -> tuple[Layer, ...]:
     """All Linear and convolution layers.
 
     Args:
@@ -34,9 +38,14 @@ def unet_layers(channels: Sequence[int], depths: Sequence[int], middle: int, *, 
         depths: transformer blocks in each attention of a level; 0 for levels without attention.
         middle: the same of the middle block.
         sizes: whether there is an embedding of image sizes (XL).
+        linear: whether the projections around the blocks of an attention are linear layers (2 and XL).
     """
+    kernels = _KERNELS if linear else _KERNELS | dict.fromkeys(_PROJECTIONS, (1, 1))
     pairs = [*_ENDS.items(), *(_SIZES.items() if sizes else ()), *_down(channels, depths), *_middle(middle)]
-    return tuple(Layer(original, (path,)) for path, original in (*pairs, *_up(depths)))
+    return tuple(
+        Layer(original, (path,), kernel=kernels.get(path.rpartition(".")[2], ()))
+        for path, original in (*pairs, *_up(depths))
+    )
 
 
 def _down(channels: Sequence[int], depths: Sequence[int]) -> Pairs:
@@ -80,5 +89,5 @@ def _attention(path: str, ldm: str, depth: int) -> Pairs:
     if not depth:
         return
     names = [f"transformer_blocks.{i}.{name}" for i in range(depth) for name in (*_ATTENTION, *_FEED_FORWARD)]
-    for name in ("proj_in", *names, "proj_out"):
+    for name in (*names, *_PROJECTIONS):
         yield f"{path}.{name}", f"{ldm}.{name}"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lora_squeeze.adapter import Module
 from lora_squeeze.base_figures import Weights
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.formats.dense_keys import HEADS, INPUTS, path_of
 from lora_squeeze.formats.safetensors_header import quoted
 
 Base = Weights | nn.Module
@@ -37,6 +38,9 @@ def weight(base: Base, name: str, *, only_shape: bool = False) -> Tensor:
         # A head around the model adds the first part of a path, or the file leaves it out.
         paths = (name, name.partition(".")[2], f"model.{name}")
         key = next((f"{path}.weight" for path in paths if f"{path}.weight" in base.facts), None)
+        if key is None and name.rpartition(".")[2] in HEADS:  # files leave out a head that is tied to the embedding
+            tied = [each for each in base.facts if path_of(each).rpartition(".")[2] in INPUTS]
+            key = tied[0] if len(tied) == 1 else None
         if key is None:
             raise LoraSqueezeError(f"{name}: {base.name} has no such weight; give the base model it was trained on")
         dtype, shape = base.facts[key]

@@ -18,7 +18,6 @@ from lora_squeeze.formats import peft
 from lora_squeeze.formats.borrowed import common_scale
 from lora_squeeze.formats.history import read_history
 from lora_squeeze.formats.lycoris import Facts
-from lora_squeeze.formats.model_card import CARD_NAME
 from lora_squeeze.formats.peft_config import read_json
 from lora_squeeze.formats.peft_keys import NESTED, PREFIX, Layout, Shapes
 from lora_squeeze.formats.peft_methods import identities, variants, with_base
@@ -69,6 +68,7 @@ def load(folder: Path, *, base: Base | None = None) -> Adapter:
             parts = _read(folder, file, shapes, config, row, base)
     except LoraSqueezeError as error:
         raise error if str(error).startswith(str(folder)) else LoraSqueezeError(f"{folder}: {error}") from None
+    companions, strange = peft.beside(folder)
     adapter = Adapter(
         modules=parts.modules,
         extras=parts.extras,
@@ -77,8 +77,8 @@ def load(folder: Path, *, base: Base | None = None) -> Adapter:
         config=parts.config,
         metadata=dict(file.metadata),
         history=read_history(file.metadata),
-        companions=tuple(folder / name for name in (CARD_NAME, *peft.COMPANIONS) if (folder / name).is_file()),
-        notes=(_note(row), *parts.notes),
+        companions=companions,
+        notes=(_note(row), *parts.notes, *strange),
     )
     return replace(adapter, default_scale=common_scale(adapter))
 
