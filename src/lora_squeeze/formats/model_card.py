@@ -53,7 +53,7 @@ def _section(adapter: Adapter) -> str:
         f"- rank: {shown} in {len(adapter.modules)} modules, scale (alpha / r) {adapter.default_scale:g} everywhere",
     ]
     if adapter.dropped:
-        lines.append(f"- {len(adapter.dropped)} modules with no energy worth keeping left the adapter")
+        lines.append(f"- {len(adapter.dropped)} modules of the source are not in it")
     lines += [
         printable(f"- {step.get('step')}: {', '.join(f'{k} {v}' for k, v in step.items() if k != 'step')}")
         for step in adapter.history
