@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import typer
 from adapter_cases import CONFIG, SHAPES, dense, read_dense, tail
+from combine_cases import NUMBERS, made, total
 from folder_cases import tree
-from test_combine import NUMBERS, made, total
 from typer.testing import CliRunner, Result
 
 from lora_squeeze.adapter import Adapter

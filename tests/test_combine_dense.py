@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_cases import SHAPES, dense, tail
+from combine_cases import NUMBERS, made
 from peft.utils import merge_utils
-from test_combine import NUMBERS, made
 
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.combine import merge, residual

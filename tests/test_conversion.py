@@ -3,7 +3,6 @@
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,34 +13,18 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from adapter_cases import WEIGHTS, dense, plain_tensors, write_folder
+from adapter_cases import dense
 from command_cases import command
-from folder_cases import tree
+from conversion_cases import assert_same, base_model, updates, write_image_adapter
 from gguf_cases import read_gguf
 from peft_cases import CASES
 from peft_models import Case, adapted, deltas, randomise, reload, save, seeded
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_squeeze
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.conversion import convert
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.gguf_names import open_gguf_base
-
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-
-
-def base_model() -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False))
-
 
 CASE = Case(
     base_model,
@@ -80,16 +63,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return save(adapted(CASE), tmp_path / "source", save_embedding_layers=False)
-
-
-def updates(adapter: Adapter) -> dict[str, Tensor]:
-    return {name: dense(adapter, name) for name in adapter.modules}
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
-    assert found.keys() == expected.keys()
-    for name, dW in expected.items():
-        assert float((found[name] - dW).norm() / dW.norm()) < tolerance, name
 
 
 def place(folder: Path, to: str, name: str = "out") -> Path:
@@ -228,27 +201,6 @@ def test_a_base_in_gguf_serves_too_and_is_checked(tmp_path: Path, base: Path, so
         convert(adapter, "gguf", base=tmp_path / "a.gguf")
 
 
-def test_fused_experts_become_gate_and_up_with_the_same_a(tmp_path: Path) -> None:
-    case = CASES["experts"]
-    model = adapted(case)
-    folder = save(model, tmp_path / "experts")
-    config = {"architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 2, "num_attention_heads": 4}
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-    source = lora_squeeze.load(folder)
-    convert(source, "gguf", base=tmp_path / "base").save(tmp_path / "a.gguf")
-    found = lora_squeeze.load(tmp_path / "a.gguf")
-    for name, module in source.modules.items():
-        if module.kind == "experts":
-            block, last = name.split(".")[2], name.rpartition(".")[2]
-            parts = ("ffn_gate_exps", "ffn_up_exps") if last == "gate_up_proj" else ("ffn_down_exps",)
-            joined = torch.cat([dense(found, f"blk.{block}.{part}") for part in parts], 1)
-            torch.testing.assert_close(joined, dense(source, name), rtol=1e-6, atol=1e-8)
-    for to in ("mlx", "peft"):
-        with pytest.raises(LoraSqueezeError, match="experts"):
-            convert(found if to == "peft" else source, to, base=tmp_path / "base")
-
-
 @pytest.mark.parametrize("to", ["mlx", "gguf", "peft"])
 def test_a_dial_squeezes_on_the_way(tmp_path: Path, base: Path, source: Path, to: str) -> None:
     adapter = lora_squeeze.load(source)
@@ -279,16 +231,6 @@ def test_modules_and_tensors_are_left_out_only_when_asked(tmp_path: Path, base: 
         convert(adapter, "mlx", exclude=".*")
     with pytest.raises(LoraSqueezeError, match="not a regular expression"):
         convert(adapter, "mlx", exclude="(")
-
-
-def test_without_its_extras_a_peft_adapter_asks_for_none(tmp_path: Path) -> None:
-    for name in ("modules to save", "lora bias", "trained tokens"):
-        adapter = lora_squeeze.load(save(adapted(CASES[name]), tmp_path / name))
-        convert(adapter, "peft", extras=False).save(tmp_path / f"bare {name}")
-        found = lora_squeeze.load(tmp_path / f"bare {name}")
-        assert not found.extras and not found.config["modules_to_save"] and not found.config["lora_bias"]
-        assert not found.config["trainable_token_indices"]
-        reload(CASES[name], tmp_path / f"bare {name}")
 
 
 def test_saved_modules_go_from_mlx_to_peft(tmp_path: Path, source: Path) -> None:
@@ -385,20 +327,6 @@ def test_adapters_of_several_formats_are_added_up(tmp_path: Path, base: Path) ->
         lora_squeeze.merge([one, other])
 
 
-def test_no_source_of_a_difference_is_written_over(tmp_path: Path) -> None:
-    write_folder(tmp_path / "trained", {key: 2 * tensor for key, tensor in plain_tensors().items()})
-    write_folder(tmp_path / "initial")
-    difference = lora_squeeze.subtract(*(lora_squeeze.load(tmp_path / name) for name in ("trained", "initial")))
-    for found, path in (
-        (convert(difference, "mlx", rank=2), tmp_path / "initial"),
-        (convert(difference, "diffusers", component="unet", rank=2), tmp_path / "initial" / WEIGHTS),
-    ):
-        before = tree(tmp_path)
-        with pytest.raises(LoraSqueezeError, match="that the adapter is read from"):
-            found.save(path, force=True)
-        assert tree(tmp_path) == before
-
-
 def test_the_source_of_a_conversion_is_never_written(tmp_path: Path, source: Path) -> None:
     with pytest.raises(LoraSqueezeError, match="is the folder that the adapter is read from"):
         convert(lora_squeeze.load(source), "mlx").save(source, force=True)
@@ -465,55 +393,6 @@ def test_every_dial_of_the_command_is_that_of_the_library(
     found = json.loads(command(tmp_path, "convert", source, "--to", "peft", *words, "--dry-run", "--json").out)
     expected = convert(lora_squeeze.load(source), "peft", **dials).report
     assert {row["name"]: row["rank_after"] for row in found["modules"]} == {r.name: r.rank_after for r in expected.rows}
-
-
-IMAGE = {
-    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q": (320, 320),
-    "lora_unet_mid_block_attentions_0_proj_in": (1280, 1280, 1, 1),
-    "lora_te_text_model_encoder_layers_3_self_attn_q_proj": (768, 768),
-}
-
-
-def write_image_adapter(path: Path) -> Path:
-    """A kohya file of Stable Diffusion 1 with modules of both components, one of them a convolution."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for rank, (name, (out, columns, *kernel)) in zip((4, 2, 4), IMAGE.items(), strict=True):
-        tensors[f"{name}.lora_down.weight"] = torch.randn(rank, columns, *kernel, generator=generator)
-        tensors[f"{name}.lora_up.weight"] = torch.randn(out, rank, *(1 for _ in kernel), generator=generator)
-        tensors[f"{name}.alpha"] = torch.tensor(float(rank + 1))
-    safetensors.torch.save_file(tensors, path)
-    return path
-
-
-def test_files_of_pipelines_go_to_each_other_and_to_one_model(tmp_path: Path) -> None:
-    source = lora_squeeze.load(write_image_adapter(tmp_path / "style.safetensors"))
-    expected = {name: dense(source, name) for name in IMAGE}
-    convert(source, "diffusers").save(tmp_path / "pipeline.safetensors")
-    pipeline = lora_squeeze.load(tmp_path / "pipeline.safetensors")
-    assert pipeline.format.name == "diffusers"
-    names = [
-        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
-        "unet.mid_block.attentions.0.proj_in",
-        "text_encoder.text_model.encoder.layers.3.self_attn.q_proj",
-    ]
-    assert_same(updates(pipeline), dict(zip(names, expected.values(), strict=True)))
-    convert(pipeline, "kohya", architecture="sd1").save(tmp_path / "back.safetensors")
-    assert_same(updates(lora_squeeze.load(tmp_path / "back.safetensors")), expected)
-    for start in (source, pipeline):
-        for to in ("peft", "mlx"):
-            with pytest.raises(
-                LoraSqueezeError,
-                match=r"modules of (unet, text_encoder|text_encoder, unet), .*choose one with component=",
-            ):
-                convert(start, to)
-        convert(start, "peft", component="unet").save(tmp_path / start.format.name)
-        found = lora_squeeze.load(tmp_path / start.format.name)
-        assert_same(
-            updates(found),
-            {name.removeprefix("unet."): dW for name, dW in zip(names[:2], expected.values(), strict=False)},
-        )
-        assert found.modules["mid_block.attentions.0.proj_in"].kernel == (1, 1)
 
 
 def test_the_command_takes_pairs_methods_and_whole_models(tmp_path: Path, base: Path) -> None:
@@ -584,33 +463,3 @@ def test_options_of_extraction_are_refused_elsewhere(tmp_path: Path, source: Pat
 
     with pytest.raises(LoraSqueezeError, match="is no fine-tuned model"):
         open_source(source, carry=True)
-
-
-def test_a_folder_inside_is_that_of_the_trained_adapter_of_a_pair(tmp_path: Path) -> None:
-    from lora_squeeze.sources import open_source
-
-    for seed, name in enumerate(("multi", "multi/style", "initial")):
-        model = peft.get_peft_model(seeded(base_model), peft.LoraConfig(r=3, target_modules=["q_proj"]))
-        randomise(model, 0.1 * (seed + 1))
-        save(model, tmp_path / name)
-    trained, initial = (updates(lora_squeeze.load(tmp_path / name)) for name in ("multi/style", "initial"))
-    pair = open_source(tmp_path / "multi", initial=tmp_path / "initial", subfolder="style")
-    assert_same(updates(pair), {name: dW - initial[name] for name, dW in trained.items()})
-    with pytest.raises(LoraSqueezeError, match=r"nowhere: no adapter_config\.json"):
-        open_source(tmp_path / "multi", initial=tmp_path / "initial", subfolder="nowhere")
-
-
-def test_energy_is_of_the_whole_difference_where_layers_are_joined_and_split(tmp_path: Path) -> None:
-    """Flux has q, k and v as one layer in kohya's names."""
-    wide = {"transformer.transformer_blocks.0.attn." + name: (3072, 3072) for name in ("to_q", "to_k", "to_v")}
-    tensors = {}
-    for i, (name, (out, columns)) in enumerate(wide.items()):
-        generator = torch.Generator().manual_seed(i)
-        tensors[f"{name}.lora_A.weight"] = torch.randn(1, columns, generator=generator)
-        tensors[f"{name}.lora_B.weight"] = torch.randn(out, 1, generator=generator)
-    safetensors.torch.save_file(tensors, tmp_path / "parts.safetensors")
-    adapter = lora_squeeze.load(tmp_path / "parts.safetensors")
-    known = {name: 4 * float(dW.square().sum()) for name, dW in updates(adapter).items()}
-    parts = {name: replace(module, total=known[name]) for name, module in adapter.modules.items()}
-    joined = convert(replace(adapter, modules=parts), "kohya", architecture="flux")
-    assert len(joined.modules) == 1 and joined.report.energy == pytest.approx(0.25)

@@ -23,6 +23,7 @@ from adapter_cases import plain_config, write_folder
 from folder_cases import tree
 from hostile_cases import CANARY, Hostile
 from hostile_formats import CASES
+from hostile_reader import loop
 
 import lora_squeeze
 from lora_squeeze.errors import LoraSqueezeError
@@ -35,7 +36,8 @@ targets = pytest.importorskip("fuzz.targets", reason="the folder fuzz/ is not in
 from fuzz.corpus import seeds  # noqa: E402
 from fuzz.mutate import mutate  # noqa: E402
 
-SECONDS, MEGABYTES = 10.0, 300  # of processor time (on a busy machine a few), of memory above what there was
+LOOPS, MEGABYTES = 400, 300  # about two seconds of a processor; memory above what there was
+TRIES = 3  # the quickest counts: on a busy machine, processor time is not of one's own work alone
 MUTATIONS = 15  # of each target
 
 
@@ -73,7 +75,10 @@ def test_a_hostile_file_is_read_or_refused_and_nothing_else_happens(
     before = tree(tmp_path)
     found = reader(case, path, tmp_path / "out")
     assert "other" not in found, found["other"]
-    assert found["seconds"] < SECONDS and found["megabytes"] < MEGABYTES, found
+    for n in range(1, TRIES):
+        if found["loops"] >= LOOPS:
+            found["loops"] = min(found["loops"], reader(case, path, tmp_path / f"out {n}")["loops"])
+    assert found["loops"] < LOOPS and found["megabytes"] < MEGABYTES, found
     assert not [path for path in tmp_path.rglob("*") if CANARY in path.name], "no code has run"
     assert {
         name: facts for name, facts in tree(tmp_path).items() if not name.startswith(f"{tmp_path / 'out'}")
@@ -114,7 +119,7 @@ def test_a_rank_of_its_own_for_each_of_three_hundred_modules_is_looked_up_at_onc
     write_folder(tmp_path / "in", tensors, plain_config(r=5, lora_alpha=5, rank_pattern=ranks, alpha_pattern=ranks))
     start = time.process_time()
     adapter = lora_squeeze.load(tmp_path / "in")
-    assert time.process_time() - start < SECONDS
+    assert time.process_time() - start < LOOPS * loop()
     assert all(adapter.modules[f"layers.{i}.q_proj"].rank == 1 + i % 5 for i in range(300)) and not adapter.notes
 
 

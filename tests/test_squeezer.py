@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model
 from peft_cases import CASES
 from peft_models import adapted, outputs, reload, save
-from training_cases import SOURCE, STEPS, TARGET, adamw, batch, model, train, trained_parameters
+from training_cases import SOURCE, STEPS, TARGET, adamw, batch, in_squeeze, model, train, trained_parameters, widths
 
 from lora_squeeze import LoraSqueezeError
 from lora_squeeze.adaptive import Adaptive
 from lora_squeeze.schedule import Schedule, make_schedule
-from lora_squeeze.training.inplace import squeeze_
 from lora_squeeze.training.live import live_modules
 from lora_squeeze.training.squeezer import Squeezer
-
-
-def widths(network: torch.nn.Module) -> set[int]:
-    return {m.width for m in live_modules(network, "default")}
-
-
-def in_squeeze(steps: int = STEPS) -> Schedule:
-    return make_schedule(SOURCE, TARGET, steps)
 
 
 def test_ranks_follow_the_schedule() -> None:
@@ -240,249 +227,6 @@ def test_a_bound_on_the_loss_of_layers_without_statistics_is_refused(name: str) 
         LoraSqueezeError, match=r"the loss increase cannot be predicted for this layer; bound the energy"
     ):
         Squeezer(network, adamw(network), Adaptive(1, 20, loss=0.1))
-
-
-def test_restarted_learning_rate_runs_the_whole_curve_per_stage() -> None:
-    network = model()
-    optimizer = adamw(network)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 12)
-    squeezer = Squeezer(
-        network, optimizer, Schedule((8, 4, 2), (4, 4, 4)), learning_rate="restart", scheduler=scheduler
-    )
-    rates = []
-    for step in range(12):
-        rates.append(optimizer.param_groups[0]["lr"] / 1e-2)
-        train(network, optimizer, squeezer, [step], scheduler)
-    assert rates == pytest.approx([1, 0.75, 0.5, 0.25] * 3)
-
-
-def test_a_rate_by_rank_rises_as_the_rank_falls() -> None:
-    network = model()
-    optimizer = adamw(network)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 12)
-    squeezer = Squeezer(network, optimizer, Schedule((8, 4, 2), (4, 4, 4)), learning_rate="rank", scheduler=scheduler)
-    rates = []
-    for step in range(12):
-        rates.append(optimizer.param_groups[0]["lr"] / 1e-2)
-        train(network, optimizer, squeezer, [step], scheduler)
-    risen = [math.sqrt(8 / rank) for rank in (8, 4, 2) for _ in range(4)]
-    assert rates == pytest.approx([(1 - step / 12) * factor for step, factor in enumerate(risen)])
-
-
-def rates_of(pairs: list[tuple[Any, Any]], optimizer: Any, scheduler: Any, steps: Iterable[int]) -> list[float]:
-    """The factors that the learning rate has in these steps; every network trains in each, and is squeezed."""
-    rates = []
-    for step in steps:
-        rates.append(optimizer.param_groups[0]["lr"] / 1e-2)
-        for network, _ in pairs:
-            network(**batch(step)).loss.backward()
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        for _, squeezer in pairs:
-            squeezer.step()
-    return rates
-
-
-@pytest.mark.parametrize("policy", ["restart", "rank"])
-def test_a_scheduler_follows_the_stages_once(policy: str) -> None:
-    """However many Squeezers share it, and after an interruption."""
-    schedule, expected = Schedule((8, 4, 2), (4, 4, 4)), [1 - step / 12 for step in range(12)]
-    if policy == "restart":
-        expected = expected[::3] * 3
-    else:
-        expected = [
-            rate * math.sqrt(8 / rank) for rate, rank in zip(expected, [8] * 4 + [4] * 4 + [2] * 4, strict=True)
-        ]
-    networks = [model(), model()]
-    optimizer = torch.optim.AdamW([p for network in networks for p in trained_parameters(network)], lr=1e-2)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 12)
-
-    def squeezer(network: Any, **state: Any) -> Squeezer:
-        return Squeezer(network, optimizer, schedule, learning_rate=policy, scheduler=scheduler, **state)
-
-    first = [(network, squeezer(network)) for network in networks]
-    rates = rates_of(first, optimizer, scheduler, range(6))
-    again = [(network, squeezer(network, state=before.state_dict())) for network, before in first]
-    assert rates + rates_of(again, optimizer, scheduler, range(6, 12)) == pytest.approx(expected)
-    with pytest.raises(
-        LoraSqueezeError, match=r"the scheduler follows another schedule already, and .*'rank' needs it"
-    ):
-        Squeezer(networks[0], optimizer, Schedule((2, 1), (4, 8)), learning_rate="rank", scheduler=scheduler)
-
-
-@pytest.mark.parametrize("policy", ["restart", "rank"])
-def test_accelerates_scheduler_steps_once_per_process(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-
-    found = []
-    for processes in (1, 2):
-        network = model()
-        optimizer = adamw(network)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step, n=processes: 1 - step / (12 * n))
-        prepared = Accelerator(cpu=True).prepare(network, optimizer, scheduler)
-        with monkeypatch.context() as patch:
-            for state in (PartialState, AcceleratorState):
-                patch.setitem(state._shared_state, "num_processes", processes)
-            squeezer = Squeezer(
-                *prepared[:2], Schedule((8, 4, 2), (4, 4, 4)), learning_rate=policy, scheduler=prepared[2]
-            )
-            found.append(rates_of([(prepared[0], squeezer)], prepared[1], prepared[2], range(12)))
-    assert found[0] == pytest.approx(found[1])
-    assert found[0][4] > found[0][3]
-
-
-def test_continued_learning_rate_is_not_touched() -> None:
-    network = model()
-    optimizer = adamw(network)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 12)
-    squeezer = Squeezer(network, optimizer, in_squeeze(), scheduler=scheduler)
-    rates = []
-    for step in range(STEPS):
-        rates.append(optimizer.param_groups[0]["lr"] / 1e-2)
-        train(network, optimizer, squeezer, [step], scheduler)
-    assert rates == pytest.approx([1 - step / 12 for step in range(12)])
-
-
-def saved(network: Any, optimizer: Any, squeezer: Any) -> dict[str, Any]:
-    """A checkpoint through a file, as people write it."""
-    file = io.BytesIO()
-    torch.save(
-        {
-            "model": get_peft_model_state_dict(network),
-            "optimizer": optimizer.state_dict(),
-            "squeezer": squeezer.state_dict(),
-        },
-        file,
-    )
-    file.seek(0)
-    found: dict[str, Any] = torch.load(file, weights_only=True)
-    return found
-
-
-@pytest.mark.parametrize("way", ["replace", "mask"])
-@pytest.mark.parametrize("options", [{}, {"data_aware": True}, {"allocate": "global"}])
-@pytest.mark.parametrize("stop", [1, 3, 4, 5, 8, 11])
-def test_resumed_runs_are_bit_identical(stop: int, options: dict[str, Any], way: str) -> None:
-    """Right before a squeeze, right after it, and between; squeezes are due after 4 and after 8 steps."""
-    network = model()
-    optimizer = adamw(network)
-    squeezer = Squeezer(network, optimizer, in_squeeze(), in_place=way, **options)
-    train(network, optimizer, squeezer, range(stop))
-    checkpoint = saved(network, optimizer, squeezer)
-    expected = train(network, optimizer, squeezer, range(stop, STEPS))
-
-    again = model()
-    optimizer = adamw(again)
-    resumed = Squeezer(again, optimizer, in_squeeze(), in_place=way, state=checkpoint["squeezer"], **options)
-    set_peft_model_state_dict(again, checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    assert train(again, optimizer, resumed, range(stop, STEPS)) == expected
-    for key, value in get_peft_model_state_dict(network).items():
-        assert torch.equal(value, get_peft_model_state_dict(again)[key]), key
-    kept = ("step", "rank", "energy", "parameters_after")
-    history = [[{k: e[k] for k in kept} for e in s.history] for s in (squeezer, resumed)]
-    assert history[0] == history[1]
-
-
-def test_the_model_may_be_loaded_first() -> None:
-    network = model()
-    optimizer = adamw(network)
-    squeezer = Squeezer(network, optimizer, in_squeeze())
-    train(network, optimizer, squeezer, range(6))
-    checkpoint = saved(network, optimizer, squeezer)
-    again = model()
-    optimizer = adamw(again)
-    resumed = Squeezer(again, optimizer, in_squeeze())
-    set_peft_model_state_dict(again, checkpoint["model"])
-    assert widths(again) == {4}
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    resumed.load_state_dict(checkpoint["squeezer"])
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    assert [id(p) for p in held] == [id(p) for p in trained_parameters(again)]
-    assert train(again, optimizer, resumed, range(6, STEPS)) == train(
-        network, squeezer.optimizer, squeezer, range(6, STEPS)
-    )
-
-
-def test_a_state_does_not_change_as_training_goes_on() -> None:
-    network = model()
-    optimizer = adamw(network)
-    squeezer = Squeezer(network, optimizer, in_squeeze())
-    state = squeezer.state_dict()
-    train(network, optimizer, squeezer, range(STEPS))
-    assert state["history"] == [] != squeezer.history
-
-
-def test_a_state_loaded_into_a_copy_of_the_model_leaves_the_model_alone() -> None:
-    network = model()
-    optimizer = adamw(network)
-    squeezer = Squeezer(network, optimizer, in_squeeze())
-    early = {key: value.clone() for key, value in network.state_dict().items()}
-    train(network, optimizer, squeezer, range(6))
-    before = {key: value.clone() for key, value in network.state_dict().items()}
-    other = copy.deepcopy(network)
-    other.load_state_dict(early)
-    assert (widths(network), widths(other)) == ({4}, {SOURCE})
-    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    assert [id(p) for p in held] == [id(p) for p in trained_parameters(network)]
-
-
-def test_a_new_squeezer_takes_the_place_of_an_interrupted_one() -> None:
-    """Nothing is left in the model of the old one, which would resize the layers for its own optimiser alone."""
-    network = model()
-    optimizer = adamw(network)
-    first = Squeezer(network, optimizer, in_squeeze(), data_aware=True)
-    early = {key: value.clone() for key, value in network.state_dict().items()}
-    train(network, optimizer, first, range(6))
-    optimizer = adamw(network)
-    second = Squeezer(network, optimizer, make_schedule(4, TARGET, STEPS), data_aware=True)
-    network.load_state_dict(early)
-    assert first.statistics is not None and not first.statistics._handles
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    assert [id(p) for p in held] == [id(p) for p in trained_parameters(network)]
-    second.close()
-    assert not network._load_state_dict_pre_hooks
-
-
-def test_a_model_loaded_without_its_statistics_is_squeezed_plainly() -> None:
-    network = model()
-    optimizer = adamw(network)
-    squeezer = Squeezer(network, optimizer, in_squeeze(), data_aware=True)
-    train(network, optimizer, squeezer, range(3))
-    early = {key: value.clone() for key, value in network.state_dict().items()}
-    train(network, optimizer, squeezer, range(3, 9))
-    network.load_state_dict(early)
-    with pytest.warns(UserWarning, match=r"4 layers have another rank than their statistics, \S+ 8 instead of 2"):
-        squeezer.finish()
-    expected = model()
-    expected.load_state_dict(early)
-    squeeze_(expected, TARGET)
-    for key, value in network.state_dict().items():
-        assert torch.equal(value, expected.state_dict()[key]), key
-
-
-def test_another_schedule_on_resume_is_refused() -> None:
-    network = model()
-    state = Squeezer(network, adamw(network), in_squeeze()).state_dict()
-    with pytest.raises(
-        LoraSqueezeError, match=r"another schedule: steps was \[4, 4, 4\] and is \[5, 5, 5\]; go on with the same"
-    ):
-        Squeezer(network, adamw(network), in_squeeze(15)).load_state_dict(state)
-
-
-def test_a_refused_state_changes_nothing() -> None:
-    network = model()
-    optimizer = adamw(network)
-    state = Squeezer(network, optimizer, in_squeeze()).state_dict()
-    hooks = dict(network._load_state_dict_pre_hooks)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 12)
-    curves = list(scheduler.lr_lambdas)
-    with pytest.raises(LoraSqueezeError, match="another schedule"):
-        Squeezer(network, optimizer, in_squeeze(15), state=state, learning_rate="rank", scheduler=scheduler)
-    assert scheduler.lr_lambdas == curves and network._load_state_dict_pre_hooks == hooks
 
 
 def test_gradient_accumulation_and_clipping_go_through_a_squeeze() -> None:

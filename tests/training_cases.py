@@ -12,6 +12,9 @@ from peft_models import seeded
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lora_squeeze.schedule import Schedule, make_schedule
+from lora_squeeze.training.live import live_modules
+
 SOURCE, TARGET, STEPS = 8, 2, 12
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
@@ -73,3 +76,11 @@ def train(
         if squeezer is not None:
             squeezer.step()
     return losses
+
+
+def widths(network: torch.nn.Module) -> set[int]:
+    return {m.width for m in live_modules(network, "default")}
+
+
+def in_squeeze(steps: int = STEPS) -> Schedule:
+    return make_schedule(SOURCE, TARGET, steps)

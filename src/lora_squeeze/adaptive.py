@@ -28,9 +28,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.ranks import Allocation, Limits, Unit, price
+from lora_squeeze.ranks import Allocation, Limits, Unit, check_together, price
 from lora_squeeze.ranks import choose as choose_ranks
-from lora_squeeze.schedule import check_allocation
 
 LEAST_SAVING = Fraction(1, 8)  # of the present parameters, before the deadline
 DEFAULT_ENERGY = 0.999
@@ -87,7 +86,7 @@ class Adaptive:
             raise LoraSqueezeError(f"every must be at least 1 step, got {self.every}")
         if self.deadline is not None and not 1 <= self.deadline <= self.total_steps:
             raise LoraSqueezeError(f"deadline must be from 1 to the {self.total_steps} steps, got {self.deadline}")
-        check_allocation(self.allocate)
+        check_together(self.allocate)
 
     @property
     def interval(self) -> int:

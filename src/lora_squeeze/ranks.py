@@ -40,6 +40,7 @@ from lora_squeeze.errors import LoraSqueezeError
 
 Allocation = Literal["each", "uniform", "global"]
 ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
+TOGETHER = ("uniform", "global")  # those of one budget for all modules, as training has it
 RULES = ("rank", "energy", "error", "params", "size", "sv_ratio", "sv_cumulative", "sv_fro")
 _RETRIES = 3  # orders tried for a budget beside the plain one
 _DEFAULT_ALLOCATION: dict[str, Allocation] = {"rank": "uniform", "params": "global", "size": "global"}
@@ -134,6 +135,12 @@ def allocation_for(rule: str, allocate: Allocation | None) -> Allocation:
     if (rule.startswith("sv_") and allocate == "global") or (rule in ("params", "size") and allocate == "each"):
         raise LoraSqueezeError(f"{rule} cannot be allocated {allocate!r}")
     return allocate
+
+
+def check_together(allocate: str) -> None:
+    """Refuse any other word than those of `TOGETHER`."""
+    if allocate not in TOGETHER:
+        raise LoraSqueezeError(f"allocate must be one of {', '.join(TOGETHER)}, got {allocate!r}")
 
 
 def needs_spectra(rule: str, allocate: Allocation) -> bool:

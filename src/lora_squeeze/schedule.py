@@ -44,7 +44,6 @@ MODES: dict[str, tuple[str, ...]] = {  # mode -> the options that mean something
     "cont": ("last_steps",),
     "in": ("ranks", "squeezes", "steps", "min_steps", "last_steps", "train_after_last"),
 }
-ALLOCATIONS = ("uniform", "global")  # of a rank, or of its parameters, over the modules
 SPACINGS = ("geometric", "linear")
 WEIGHTS: dict[str, Callable[[int], Fraction]] = {  # allotment -> weight of a stage of this rank
     "equal": lambda rank: Fraction(1),
@@ -208,12 +207,6 @@ def make_schedule(
     if extra:
         raise LoraSqueezeError(f"{extra[0]} contradicts explicit steps, which say it already: leave one of them out")
     return Schedule(path, _given_steps(path, total_steps, steps))
-
-
-def check_allocation(allocate: str) -> None:
-    """Refuse any other word."""
-    if allocate not in ALLOCATIONS:
-        raise LoraSqueezeError(f"allocate must be one of {', '.join(ALLOCATIONS)}, got {allocate!r}")
 
 
 def _check_options(mode: str, changed: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora_squeeze.cli import options
 from lora_squeeze.cli.calibrate import Base, Calibrate, asked_of, loss_line
 from lora_squeeze.cli.calibrate import calibrate as calibrate_command
 from lora_squeeze.cli.check import check
@@ -19,33 +20,6 @@ from lora_squeeze.cli.convert import convert
 from lora_squeeze.cli.fleet import fleet as fleet_command
 from lora_squeeze.cli.merge import merge, rank_up, subtract
 from lora_squeeze.cli.methods import methods as methods_command
-from lora_squeeze.cli.options import (
-    AdapterArgument,
-    Allocate,
-    Device,
-    DryRun,
-    Dtype,
-    Each,
-    Energy,
-    Error,
-    Force,
-    Json,
-    MaxRank,
-    MinRank,
-    MultipleOf,
-    Output,
-    Params,
-    Rank,
-    Ranks,
-    Revision,
-    SameRankPer,
-    Size,
-    Subfolder,
-    rank_list,
-)
-from lora_squeeze.cli.options import load_adapter as _load
-from lora_squeeze.cli.options import option as _option
-from lora_squeeze.cli.options import parse_dtype as _dtype
 from lora_squeeze.cli.plan import plan as plan_command
 from lora_squeeze.cli.search import search as search_command
 from lora_squeeze.cli.train import train
@@ -115,39 +89,39 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @app.command()
 def squeeze(
-    adapter: AdapterArgument,
-    output: Output = None,
-    rank: Rank = None,
-    energy: Energy = None,
-    error: Error = None,
-    size: Size = None,
-    params: Params = None,
-    sv_ratio: Annotated[float | None, _option("sv_ratio")] = None,
-    sv_cumulative: Annotated[float | None, _option("sv_cumulative")] = None,
-    sv_fro: Annotated[float | None, _option("sv_fro")] = None,
-    allocate: Allocate = None,
-    min_rank: MinRank = 0,
-    max_rank: MaxRank = None,
-    multiple_of: MultipleOf = 1,
-    ranks: Ranks = None,
-    same_rank_per: SameRankPer = "module",
+    adapter: options.AdapterArgument,
+    output: options.Output = None,
+    rank: options.Rank = None,
+    energy: options.Energy = None,
+    error: options.Error = None,
+    size: options.Size = None,
+    params: options.Params = None,
+    sv_ratio: options.SvRatio = None,
+    sv_cumulative: options.SvCumulative = None,
+    sv_fro: options.SvFro = None,
+    allocate: options.Allocate = None,
+    min_rank: options.MinRank = 0,
+    max_rank: options.MaxRank = None,
+    multiple_of: options.MultipleOf = 1,
+    ranks: options.Ranks = None,
+    same_rank_per: options.SameRankPer = "module",
     plan: Annotated[
         Path | None,
         typer.Option(help="File with the rank of every module, from the plan command, in place of a rule."),
     ] = None,
     calibrate: Calibrate = None,
     base: Base = None,
-    method: Annotated[str, _option("method")] = "gram",
-    alpha: Annotated[str, _option("alpha")] = "keep",
-    dtype: Dtype = None,
-    device: Device = None,
-    seed: Annotated[int, _option("seed")] = 0,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    each: Each = False,
-    as_json: Json = False,
+    method: options.Method = "gram",
+    alpha: Annotated[str, options.option("alpha")] = "keep",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    seed: options.Seed = 0,
+    subfolder: options.Subfolder = None,
+    revision: options.Revision = None,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    each: options.Each = False,
+    as_json: options.Json = False,
 ) -> None:
     """Make an adapter smaller: the best approximation of every update at a lower rank."""
     from lora_squeeze.cli import show
@@ -166,9 +140,9 @@ def squeeze(
             result = source.squeeze(
                 rank=rank, energy=energy, error=error, size=size, params=params, sv_ratio=sv_ratio,
                 sv_cumulative=sv_cumulative, sv_fro=sv_fro, allocate=allocate, min_rank=min_rank, max_rank=max_rank,
-                multiple_of=multiple_of, ranks=rank_list(ranks), same_rank_per=same_rank_per,
+                multiple_of=multiple_of, ranks=options.rank_list(ranks), same_rank_per=same_rank_per,
                 plan=planned, moments=asked.moments, method=method, alpha=alpha,
-                dtype=_dtype(dtype), device=device, seed=seed, progress=progress,
+                dtype=options.parse_dtype(dtype), device=device, seed=seed, progress=progress,
             )  # fmt: skip
         _refuse_no_op(source, result, alpha)
         if output is not None and not dry_run:
@@ -195,26 +169,26 @@ def squeeze(
 
 @app.command()
 def inspect(
-    adapter: AdapterArgument,
-    size: Annotated[str | None, _option("size")] = None,
-    params: Annotated[int | None, _option("params")] = None,
-    rank: Annotated[int | None, _option("rank")] = None,
-    allocate: Annotated[str | None, _option("allocate")] = None,
-    min_rank: Annotated[int | None, _option("min_rank")] = None,
-    max_rank: Annotated[int | None, _option("max_rank")] = None,
-    multiple_of: Annotated[int | None, _option("multiple_of")] = None,
-    ranks: Annotated[str | None, _option("ranks")] = None,
-    same_rank_per: Annotated[str | None, _option("same_rank_per")] = None,
-    base: Annotated[str | None, _option("model", module="base_model", function="open_base")] = None,
-    intruders: Annotated[bool, _option("intruders", "--intruders", module="report", function="inspect")] = False,
+    adapter: options.AdapterArgument,
+    size: options.Size = None,
+    params: options.Params = None,
+    rank: options.Rank = None,
+    allocate: options.Allocate = None,
+    min_rank: options.MinRank = None,
+    max_rank: options.MaxRank = None,
+    multiple_of: options.MultipleOf = None,
+    ranks: options.Ranks = None,
+    same_rank_per: options.SameRankPer = None,
+    base: Annotated[str | None, options.option("model", module="base_model", function="open_base")] = None,
+    intruders: Annotated[bool, options.option("intruders", "--intruders", module="report", function="inspect")] = False,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write a page with charts to this file; it works offline.")
     ] = None,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
+    subfolder: options.Subfolder = None,
+    revision: options.Revision = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the page if the file is there.")] = False,
-    each: Each = False,
-    as_json: Json = False,
+    each: options.Each = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show ranks, spectra and sizes of an adapter, the rank that it needs, and the best ranks for a budget."""
     from lora_squeeze.base_model import open_base
@@ -224,12 +198,12 @@ def inspect(
 
     if html is not None:
         check_target(html, force=force)
-    source = _load(adapter, subfolder, revision)
+    source = options.load_adapter(adapter, subfolder, revision)
     with show.progress("reading") as progress:
         report = inspected(
             source, progress, base=None if base is None else open_base(base), intruders=intruders, size=size,
             params=params, rank=rank, allocate=allocate, min_rank=min_rank, max_rank=max_rank,
-            multiple_of=multiple_of, ranks=rank_list(ranks), same_rank_per=same_rank_per,
+            multiple_of=multiple_of, ranks=options.rank_list(ranks), same_rank_per=same_rank_per,
         )  # fmt: skip
     if html is not None:
         write_page(report, html, name=Path(adapter).resolve().name if Path(adapter).exists() else adapter, force=force)

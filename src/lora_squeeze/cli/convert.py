@@ -8,57 +8,33 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_squeeze.cli import options
 from lora_squeeze.cli.docs import option_help
-from lora_squeeze.cli.options import (
-    Allocate,
-    Device,
-    DryRun,
-    Dtype,
-    Each,
-    Energy,
-    Error,
-    Force,
-    Json,
-    MaxRank,
-    MinRank,
-    MultipleOf,
-    Output,
-    Params,
-    Rank,
-    Ranks,
-    Revision,
-    SameRankPer,
-    Size,
-    Subfolder,
-    option,
-    parse_dtype,
-    rank_list,
-)
 
 
 def _own(name: str, *flags: str) -> Any:
-    return option(name, *flags, module="conversion", function="convert")
+    return options.option(name, *flags, module="conversion", function="convert")
 
 
 def convert(
     source: Annotated[str, typer.Argument(help=option_help("sources", "open_source")["source"])],
     to: Annotated[str, _own("to", "--to")],
-    output: Output = None,
-    rank: Rank = None,
-    energy: Energy = None,
-    error: Error = None,
-    size: Size = None,
-    params: Params = None,
-    allocate: Allocate = None,
-    min_rank: MinRank = None,
-    max_rank: MaxRank = None,
-    multiple_of: MultipleOf = None,
-    ranks: Ranks = None,
-    same_rank_per: SameRankPer = None,
+    output: options.Output = None,
+    rank: options.Rank = None,
+    energy: options.Energy = None,
+    error: options.Error = None,
+    size: options.Size = None,
+    params: options.Params = None,
+    allocate: options.Allocate = None,
+    min_rank: options.MinRank = None,
+    max_rank: options.MaxRank = None,
+    multiple_of: options.MultipleOf = None,
+    ranks: options.Ranks = None,
+    same_rank_per: options.SameRankPer = None,
     base: Annotated[str | None, _own("base")] = None,
-    initial: Annotated[str | None, option("initial", module="sources", function="open_source")] = None,
-    vocabulary: Annotated[str | None, option("vocabulary", module="sources", function="open_source")] = None,
-    carry: Annotated[bool, option("carry", "--carry", module="sources", function="open_source")] = False,
+    initial: Annotated[str | None, options.option("initial", module="sources", function="open_source")] = None,
+    vocabulary: Annotated[str | None, options.option("vocabulary", module="sources", function="open_source")] = None,
+    carry: Annotated[bool, options.option("carry", "--carry", module="sources", function="open_source")] = False,
     component: Annotated[str | None, _own("component")] = None,
     architecture: Annotated[str | None, _own("architecture")] = None,
     exclude: Annotated[list[str] | None, _own("exclude")] = None,
@@ -66,16 +42,16 @@ def convert(
         bool,
         typer.Option("--without-extras", help="Leave out what is beside the factors: embeddings, heads, biases."),
     ] = False,
-    method: Annotated[str, option("method")] = "gram",
-    dtype: Dtype = None,
-    device: Device = None,
-    seed: Annotated[int, option("seed")] = 0,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    each: Each = False,
-    as_json: Json = False,
+    method: options.Method = "gram",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    seed: options.Seed = 0,
+    subfolder: options.Subfolder = None,
+    revision: options.Revision = None,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    each: options.Each = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write an adapter of any kind as a plain LoRA in the format that is asked for, at the rank that you choose."""
     from lora_squeeze.cli import show
@@ -95,9 +71,9 @@ def convert(
         result = converted(
             adapter, to, base=base, component=component, architecture=architecture, exclude=exclude,
             extras=not without_extras, rank=rank, energy=energy, error=error, size=size, params=params,
-            allocate=allocate, min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of, ranks=rank_list(ranks),
-            same_rank_per=same_rank_per, method=method, dtype=parse_dtype(dtype), device=device, seed=seed,
-            progress=progress,
+            allocate=allocate, min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of,
+            ranks=options.rank_list(ranks), same_rank_per=same_rank_per, method=method,
+            dtype=options.parse_dtype(dtype), device=device, seed=seed, progress=progress,
         )  # fmt: skip
     target = None if dry_run else output
     if target is not None:

@@ -10,41 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_squeeze.cli import options
 from lora_squeeze.cli.docs import option_help
-from lora_squeeze.cli.options import (
-    AdapterArgument,
-    Allocate,
-    Device,
-    DryRun,
-    Dtype,
-    Each,
-    Energy,
-    Error,
-    Force,
-    Json,
-    MaxRank,
-    MinRank,
-    MultipleOf,
-    Output,
-    Params,
-    Rank,
-    Ranks,
-    Revision,
-    SameRankPer,
-    Size,
-    Subfolder,
-    load_adapter,
-    option,
-    parse_dtype,
-    rank_list,
-)
 
 if TYPE_CHECKING:
     from lora_squeeze.adapter import Adapter
 
 
 def _own(name: str, *flags: str) -> Any:
-    return option(name, *flags, module="combine", function="merge")
+    return options.option(name, *flags, module="combine", function="merge")
 
 
 ExtrasFrom = Annotated[int | None, _own("extras_from")]
@@ -54,7 +28,7 @@ def merge(
     adapters: Annotated[
         list[str], typer.Argument(help="Adapters of any format: folders, files, or hub ids such as user/adapter.")
     ],
-    output: Output = None,
+    output: options.Output = None,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -62,28 +36,28 @@ def merge(
             "every pattern of module names. Default 1 for each.",
         ),
     ] = None,
-    rank: Rank = None,
-    energy: Energy = None,
-    error: Error = None,
-    size: Size = None,
-    params: Params = None,
-    allocate: Allocate = None,
-    min_rank: MinRank = None,
-    max_rank: MaxRank = None,
-    multiple_of: MultipleOf = None,
-    ranks: Ranks = None,
-    same_rank_per: SameRankPer = None,
+    rank: options.Rank = None,
+    energy: options.Energy = None,
+    error: options.Error = None,
+    size: options.Size = None,
+    params: options.Params = None,
+    allocate: options.Allocate = None,
+    min_rank: options.MinRank = None,
+    max_rank: options.MaxRank = None,
+    multiple_of: options.MultipleOf = None,
+    ranks: options.Ranks = None,
+    same_rank_per: options.SameRankPer = None,
     base: Annotated[str | None, _own("base")] = None,
     method: Annotated[str, _own("method")] = "sum",
     density: Annotated[float | None, _own("density")] = None,
     extras_from: ExtrasFrom = None,
     seed: Annotated[int, _own("seed")] = 0,
-    dtype: Dtype = None,
-    device: Device = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    each: Each = False,
-    as_json: Json = False,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    each: options.Each = False,
+    as_json: options.Json = False,
 ) -> None:
     """Add adapters up, each with its weight, to one of the rank that you choose; without a rank, the whole sum."""
     from lora_squeeze.combine_weights import parse_weights
@@ -93,33 +67,33 @@ def merge(
         adapters, _load(adapters), found, output, force, dry_run, each, as_json,
         base=base, method=method, density=density, extras_from=extras_from, seed=seed, rank=rank, energy=energy,
         error=error, size=size, params=params, allocate=allocate, min_rank=min_rank, max_rank=max_rank,
-        multiple_of=multiple_of, ranks=rank_list(ranks), same_rank_per=same_rank_per, dtype=parse_dtype(dtype),
-        device=device,
+        multiple_of=multiple_of, ranks=options.rank_list(ranks), same_rank_per=same_rank_per,
+        dtype=options.parse_dtype(dtype), device=device,
     )  # fmt: skip
 
 
 def subtract(
     minuend: Annotated[str, typer.Argument(help=option_help("combine", "subtract")["minuend"])],
     subtrahend: Annotated[str, typer.Argument(help=option_help("combine", "subtract")["subtrahend"])],
-    output: Output = None,
-    rank: Rank = None,
-    energy: Energy = None,
-    error: Error = None,
-    size: Size = None,
-    params: Params = None,
-    allocate: Allocate = None,
-    min_rank: MinRank = None,
-    max_rank: MaxRank = None,
-    multiple_of: MultipleOf = None,
-    ranks: Ranks = None,
-    same_rank_per: SameRankPer = None,
+    output: options.Output = None,
+    rank: options.Rank = None,
+    energy: options.Energy = None,
+    error: options.Error = None,
+    size: options.Size = None,
+    params: options.Params = None,
+    allocate: options.Allocate = None,
+    min_rank: options.MinRank = None,
+    max_rank: options.MaxRank = None,
+    multiple_of: options.MultipleOf = None,
+    ranks: options.Ranks = None,
+    same_rank_per: options.SameRankPer = None,
     extras_from: ExtrasFrom = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    each: Each = False,
-    as_json: Json = False,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    each: options.Each = False,
+    as_json: options.Json = False,
 ) -> None:
     """Subtract one adapter from another: what the first does beyond the second."""
     from lora_squeeze.combine_pair import load_pair
@@ -127,26 +101,26 @@ def subtract(
     _combine(
         [minuend, subtrahend], load_pair(minuend, subtrahend), [1.0, -1.0], output, force, dry_run, each, as_json,
         extras_from=extras_from, rank=rank, energy=energy, error=error, size=size, params=params, allocate=allocate,
-        min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of, ranks=rank_list(ranks),
-        same_rank_per=same_rank_per, dtype=parse_dtype(dtype), device=device,
+        min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of, ranks=options.rank_list(ranks),
+        same_rank_per=same_rank_per, dtype=options.parse_dtype(dtype), device=device,
     )  # fmt: skip
 
 
 def rank_up(
-    adapter: AdapterArgument,
-    rank: Annotated[int, option("rank", "--rank", module="combine", function="rank_up")],
+    adapter: options.AdapterArgument,
+    rank: Annotated[int, options.option("rank", "--rank", module="combine", function="rank_up")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder or file to write.", show_default=False)],
-    seed: Annotated[int, option("seed", module="combine", function="rank_up")] = 0,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
-    force: Force = False,
-    as_json: Json = False,
+    seed: Annotated[int, options.option("seed", module="combine", function="rank_up")] = 0,
+    subfolder: options.Subfolder = None,
+    revision: options.Revision = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write the same adapter at a higher rank: it does the same, and the new directions can learn."""
     from lora_squeeze.cli import show
     from lora_squeeze.combine import rank_up as padded
 
-    source = load_adapter(adapter, subfolder, revision)
+    source = options.load_adapter(adapter, subfolder, revision)
     source.format.check_target(output, force=force)
     result = padded(source, rank, seed=seed)
     with show.progress("writing") as progress:
@@ -169,7 +143,7 @@ def rank_up(
 
 
 def _load(names: Sequence[str]) -> list[Adapter]:
-    return [load_adapter(name, None, None) for name in names]
+    return [options.load_adapter(name, None, None) for name in names]
 
 
 def _combine(

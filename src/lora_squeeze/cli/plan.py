@@ -9,29 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora_squeeze.cli import options
 from lora_squeeze.cli.calibrate import Base, Calibrate, asked_of, loss_line
-from lora_squeeze.cli.options import (
-    AdapterArgument,
-    Allocate,
-    Dtype,
-    Each,
-    Energy,
-    Error,
-    Json,
-    MaxRank,
-    MinRank,
-    MultipleOf,
-    Params,
-    Rank,
-    Ranks,
-    Revision,
-    SameRankPer,
-    Size,
-    Subfolder,
-    option,
-    parse_dtype,
-    rank_list,
-)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,33 +19,33 @@ if TYPE_CHECKING:
 
 
 def plan(
-    adapter: AdapterArgument,
+    adapter: options.AdapterArgument,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="File to write: TOML, or JSON if it ends with .json.", show_default=False),
     ] = None,
-    rank: Rank = None,
-    energy: Energy = None,
-    error: Error = None,
-    size: Size = None,
-    params: Params = None,
-    sv_ratio: Annotated[float | None, option("sv_ratio")] = None,
-    sv_cumulative: Annotated[float | None, option("sv_cumulative")] = None,
-    sv_fro: Annotated[float | None, option("sv_fro")] = None,
-    allocate: Allocate = None,
-    min_rank: MinRank = 0,
-    max_rank: MaxRank = None,
-    multiple_of: MultipleOf = 1,
-    ranks: Ranks = None,
-    same_rank_per: SameRankPer = "module",
-    dtype: Dtype = None,
+    rank: options.Rank = None,
+    energy: options.Energy = None,
+    error: options.Error = None,
+    size: options.Size = None,
+    params: options.Params = None,
+    sv_ratio: options.SvRatio = None,
+    sv_cumulative: options.SvCumulative = None,
+    sv_fro: options.SvFro = None,
+    allocate: options.Allocate = None,
+    min_rank: options.MinRank = 0,
+    max_rank: options.MaxRank = None,
+    multiple_of: options.MultipleOf = 1,
+    ranks: options.Ranks = None,
+    same_rank_per: options.SameRankPer = "module",
+    dtype: options.Dtype = None,
     calibrate: Calibrate = None,
     base: Base = None,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
+    subfolder: options.Subfolder = None,
+    revision: options.Revision = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
-    each: Each = False,
-    as_json: Json = False,
+    each: options.Each = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write the ranks that a squeeze would choose to a file, for `squeeze --plan`; without -o, show them."""
     from lora_squeeze.cli import show
@@ -84,7 +63,7 @@ def plan(
                 source, name=adapter, moments=asked.moments, progress=progress, rank=rank, energy=energy, error=error,
                 size=size, params=params, sv_ratio=sv_ratio, sv_cumulative=sv_cumulative, sv_fro=sv_fro,
                 allocate=allocate, min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of,
-                ranks=rank_list(ranks), same_rank_per=same_rank_per, dtype=parse_dtype(dtype),
+                ranks=options.rank_list(ranks), same_rank_per=same_rank_per, dtype=options.parse_dtype(dtype),
             )  # fmt: skip
         losses = asked.losses(source.squeeze(plan=made, moments=asked.moments))
     made = replace(made, totals={**made.totals, **losses})

@@ -23,8 +23,8 @@ from transformers.trainer_utils import number_of_arguments
 from lora_squeeze.adaptive import Adaptive
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.methods.callback import return_to_best, stored_states
-from lora_squeeze.ranks import Allocation
-from lora_squeeze.schedule import MODES, Schedule, check_allocation, make_schedule
+from lora_squeeze.ranks import Allocation, check_together
+from lora_squeeze.schedule import MODES, Schedule, make_schedule
 from lora_squeeze.training.live import holder_of, trained_adapters
 from lora_squeeze.training.other_method import is_other, modules_of
 from lora_squeeze.training.resume import follow_loaded_ranks
@@ -110,7 +110,7 @@ class SqueezeCallback(TrainerCallback, ExportableState):
             "in_place": in_place,
         }
         self.allocate: Allocation = allocate or ("global" if mode == "adaptive" else "uniform")
-        check_allocation(self.allocate)
+        check_together(self.allocate)
         self.saved: dict[str, Any] | None = None
         self.squeezers: dict[str, Squeezer] = {}
         self._following: list[RemovableHandle] = []

@@ -9,7 +9,8 @@ from typing import Any
 
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.methods.catalogue import rate_factor
-from lora_squeeze.schedule import ALLOCATIONS, LEARNING_RATES, MODES
+from lora_squeeze.ranks import TOGETHER
+from lora_squeeze.schedule import LEARNING_RATES, MODES
 
 SOURCE_RANK = 64
 LEARNING_RATE = 2e-4  # of a LoRA
@@ -144,7 +145,7 @@ class TrainSettings:
         if min(self.seed, self.save_steps or 0) < 0:
             raise LoraSqueezeError(f"seed and save_steps must be at least 0, got {self.seed} and {self.save_steps}")
         words = {
-            "dtype": ("float32", "bfloat16"), "allocate": ALLOCATIONS, "optimizer_state": ("transport", "reset"),
+            "dtype": ("float32", "bfloat16"), "allocate": TOGETHER, "optimizer_state": ("transport", "reset"),
             "learning_rate_policy": LEARNING_RATES,
         }  # fmt: skip
         for name, choices in words.items():

@@ -29,8 +29,8 @@ from lora_squeeze.methods.control import end_control
 from lora_squeeze.methods.modes import evaluating
 from lora_squeeze.moments import Moments, predicted_increase
 from lora_squeeze.post_squeeze import decomposed
-from lora_squeeze.ranks import Allocation, Limits, Unit, choose, price
-from lora_squeeze.schedule import Schedule, check_allocation
+from lora_squeeze.ranks import Allocation, Limits, Unit, check_together, choose, price
+from lora_squeeze.schedule import Schedule
 from lora_squeeze.training.commit import compact, make_room
 from lora_squeeze.training.inplace import Squeezed, agreed, check_request, processes, squeeze_
 from lora_squeeze.training.learning_rate import follow_stages
@@ -92,7 +92,7 @@ class Squeezer:
         loss: Callable[[], Tensor | None] | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        check_allocation(allocate)
+        check_together(allocate)
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.adapter = only_adapter(model) if adapter is None else adapter
         self.optimizer_state, self.in_place, self.loss = optimizer_state, in_place, loss
