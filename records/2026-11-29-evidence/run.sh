@@ -5,6 +5,7 @@ set -eu
 cd "$(dirname "$0")/../.."
 export PYTHONPATH=. OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 # glibc keeps the pages of large tensors
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1                                # and asks for huge ones
 here=records/2026-11-29-evidence
 failed=0
 evidence() { "${PYTHON:-.venv/bin/python}" -W ignore -m bench.evidence "$@"; }
