@@ -13,8 +13,9 @@ cont-data               post-data, then 5 % more steps
 in-equal                trained from the source rank to rank k in halvings, equal steps at each rank
 in-equal-restart        the same, the curve of the learning rate beginning anew at each rank
 in-equal-rising         in-equal, its learning rate times sqrt(source rank / rank)
+in-equal-restart-rising both: beginning anew at each rank, and higher
 in-proportional         in-equal with steps proportional to the rank, but at least 5 % of all at each
-in-proportional-...     with restart or rising, as above
+in-proportional-...     with restart, rising or both, as above
 in-adaptive             squeezed while training when the spectrum allows it, a rank for each module
 ======================  =============================================================================================
 
@@ -44,7 +45,9 @@ def _proportional(source: int, rank: int, steps: int) -> Schedule:
 
 
 _STEPS = {"in-equal": _equal, "in-proportional": _proportional}
-_RATES = {"": "continue", "-restart": "restart", "-rising": "rank"}  # arm's ending -> `Squeezer`'s learning_rate
+_RATES = {  # arm's ending -> `Squeezer`'s learning_rate
+    "": "continue", "-restart": "restart", "-rising": "rank", "-restart-rising": "restart-rank",
+}  # fmt: skip
 SCHEDULES: dict[str, Callable[[int, int, int], Schedule | Adaptive]] = {  # source rank, target rank, steps
     **{arm + ending: schedule for arm, schedule in _STEPS.items() for ending in _RATES},
     "in-adaptive": lambda source, rank, steps: Adaptive(rank=rank, total_steps=steps),

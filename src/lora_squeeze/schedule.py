@@ -38,7 +38,7 @@ from typing import Any
 
 from lora_squeeze.errors import LoraSqueezeError
 
-LEARNING_RATES = ("continue", "restart", "rank")  # across stages: see `training.learning_rate`
+LEARNING_RATES = ("continue", "restart", "rank", "restart-rank")  # across stages: see `training.learning_rate`
 MODES: dict[str, tuple[str, ...]] = {  # mode -> the options that mean something in it
     "post": (),
     "cont": ("last_steps",),

@@ -44,6 +44,8 @@ _LOOKS = {
     "in-proportional-restart": _Look("#E69F00", "--", "X"),
     "in-equal-rising": _Look("#56B4E9", "-", "P"),
     "in-proportional-rising": _Look("#56B4E9", "--", "X"),
+    "in-equal-restart-rising": _Look("#F0E442", "-", "P"),
+    "in-proportional-restart-rising": _Look("#F0E442", "--", "X"),
 }
 _OTHERS = [_Look(_GREY, line, marker) for line in ("-", "--", ":") for marker in ("h", "d", "p", "8")]
 

@@ -54,7 +54,7 @@ class SqueezeCallback(TrainerCallback, ExportableState):
             keep the most energy. Default uniform, and global for "adaptive".
         optimizer_state: "transport" carries moments into the new coordinates (default), "reset" begins anew.
         learning_rate: "continue" leaves the curve alone (default), "restart" runs the whole curve once per stage,
-            "rank" multiplies it by sqrt(source rank / rank).
+            "rank" multiplies it by sqrt(source rank / rank), "restart-rank" does both.
         data_aware: truncate in the metric of inputs and gradients, collected while training.
         in_place: "auto" (default), "replace" or "mask", as in `squeeze_`.
         measure_loss: measure the negative log-likelihood of the labels of the last batch right before and after each

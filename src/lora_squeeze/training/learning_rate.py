@@ -1,4 +1,4 @@
-"""The learning rate across squeezes: one curve over all, one for each stage, or one that rises as ranks fall."""
+"""The learning rate across squeezes: one curve over all or one for each stage, level or rising as ranks fall."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def follow_stages(policy: str, scheduler: Any, schedule: Schedule | Adaptive) ->
         "continue"  factor(step) = curve(step): nothing changes
         "restart"   factor(step) = curve((step - first step of the stage) * total steps / steps of the stage)
         "rank"      factor(step) = curve(step) * sqrt(first rank / rank of the stage)
+        "restart-rank"  both: the factor of "restart" times this root
 
-    "restart" runs the whole curve, warm-up included, once per stage, compressed to the stage's length. Steps are those
+    "restart" runs the whole curve, warm-up included, once per stage, compressed to the stage's length. The root is
+    what learning rates found for each rank alone come near to: low ranks bear, and need, higher ones. Steps are those
     of the optimiser, of which accelerate's wrapper makes several of the scheduler where there are several processes.
 
     Where the scheduler follows the same stages already, as it does for another adapter or after an interruption, it is
@@ -50,7 +52,7 @@ def follow_stages(policy: str, scheduler: Any, schedule: Schedule | Adaptive) ->
             f"learning_rate={policy!r} needs a LambdaLR scheduler, got {type(inner).__name__}; use "
             "learning_rate='continue', or change the scheduler of your own"
         )
-    stages = (policy, schedule.steps, schedule.ranks if policy == "rank" else ())
+    stages = (policy, schedule.steps, () if policy == "restart" else schedule.ranks)
     followed = {getattr(curve, _FOLLOWS, None) for curve in inner.lr_lambdas} - {None}
     if followed == {stages}:
         return
@@ -59,8 +61,11 @@ def follow_stages(policy: str, scheduler: Any, schedule: Schedule | Adaptive) ->
             f"the scheduler follows another schedule already, and learning_rate={policy!r} needs it for itself: use a "
             "scheduler for each schedule, or learning_rate='continue'"
         )
-    change = _restarted if policy == "restart" else _risen
-    inner.lr_lambdas = [change(curve, schedule, _pace(scheduler)) for curve in inner.lr_lambdas]
+    pace = _pace(scheduler)
+    if policy != "rank":
+        inner.lr_lambdas = [_restarted(curve, schedule, pace) for curve in inner.lr_lambdas]
+    if policy != "restart":
+        inner.lr_lambdas = [_risen(curve, schedule, pace) for curve in inner.lr_lambdas]
     for factor in inner.lr_lambdas:
         setattr(factor, _FOLLOWS, stages)
 

@@ -76,7 +76,7 @@ class TrainSettings:
         data_aware: truncate in the metric of the data, collected while training.
         optimizer_state: "transport" carries the moments over a squeeze (default), "reset" begins anew.
         learning_rate_policy: "continue", one curve of the learning rate over all stages (default), "restart", the whole
-            curve once per stage, or "rank", one curve times sqrt(source rank / rank).
+            curve once per stage, "rank", one curve times sqrt(source rank / rank), or "restart-rank", both.
         dtype: number format of base weights and products, float32 or bfloat16; default bfloat16 where the hardware
             multiplies it. The factors are float32.
         gradient_checkpointing: compute activations twice instead of keeping them: less memory, about a fifth slower.

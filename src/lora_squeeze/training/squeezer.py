@@ -58,7 +58,7 @@ class Squeezer:
             they keep the most energy or, with `data_aware`, where the predicted increase of the loss is lowest.
         optimizer_state: "transport" carries moments into the new coordinates, "reset" begins anew.
         learning_rate: "continue" leaves the curve alone; "restart" runs the whole curve once per stage; "rank"
-            multiplies it by sqrt(source rank / rank). The last two need `scheduler`.
+            multiplies it by sqrt(source rank / rank); "restart-rank" does both. The last three need `scheduler`.
         scheduler: a torch LambdaLR (all schedulers of transformers by name but reduce_lr_on_plateau are).
         data_aware: collect statistics of inputs and gradients while training and truncate in their metric.
         in_place: "replace", "mask" or "auto", as in `squeeze_`.
