@@ -270,10 +270,11 @@ def test_padding_changes_nothing() -> None:
     assert found[0]["units"] == found[1]["units"]
 
 
-def test_examples_one_after_another_see_what_they_see_alone() -> None:
+def test_examples_one_after_another_see_what_they_see_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain LoRA is packed, and gives the gradients of padded rows; a method that may look at a row is not."""
     from peft import LoraConfig, PrefixTuningConfig
 
+    monkeypatch.setattr(causal, "choose_precision", lambda device: "float32")  # bfloat16 rounds sums by their order
     data = replace(small(), prompt_tokens=11, answer_tokens=6)
     examples = [Example("7 =", "12"), *EXAMPLES[:5], Example("1 + 1 =", "2")]
     found = []

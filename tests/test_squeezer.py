@@ -421,7 +421,7 @@ def test_what_is_trained_in_turn_goes_on_after_a_squeeze(turns: str) -> None:
         (
             Schedule((8, 2), (5, 5)),
             {"learning_rate": "cosine"},
-            r"learning_rate must be one of continue, restart, rank, got",
+            r"learning_rate must be one of continue, restart, rank, restart-rank, got",
         ),
         (Schedule((8, 2), (5, 5)), {"learning_rate": "restart"}, r"needs a LambdaLR scheduler, got NoneType"),
         (Adaptive(2, 10), {"learning_rate": "restart"}, r"an adaptive schedule has none"),

@@ -13,7 +13,8 @@ tune() { evidence tune --model "$1" --rows $here/"$1"-rates.jsonl "${@:2}"; }
 run() { evidence run --model "$1" --rates $here/"$1"-rates.jsonl --rows $here/"$1".jsonl "${@:2}" || failed=1; }
 
 # MiniLM: four tasks, three seeds; what the learning rate does after a squeeze. "-restart" had the lowest mean loss.
-arms=(direct post post-data plan plan-data cont in-equal in-equal-restart in-equal-rising in-proportional-restart)
+arms=(direct post post-data plan plan-data cont in-equal in-equal-restart in-equal-rising in-proportional-restart
+    in-equal-restart-rising)
 tune minilm --methods "${arms[@]}" --tasks sentiment syllables
 run minilm --methods "${arms[@]}" --seeds 0 1 2 --tasks sentiment syllables maths-digit maths-compare
 
