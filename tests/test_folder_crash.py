@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from folder_cases import (
@@ -309,6 +310,32 @@ def look_at(target: Path) -> None:
     still_there = os.path.samestat(os.fstat(fd), os.stat(target))
     os.close(fd)
     assert not still_there or {CONFIG, WEIGHTS, "notes.md", "logs"} <= set(names)
+
+
+def test_what_goes_while_it_is_carried_is_not_taken_for_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rival renames the folder away right after the first look at a link in it."""
+    target, copy = existing(tmp_path), tmp_path / "copy"
+    (target / "gone").unlink()  # so that the other link is the first thing that is no plain file
+    copy.mkdir()
+
+    def watched(look: Callable[..., os.stat_result]) -> Callable[..., os.stat_result]:
+        def looked(path: Any, **options: Any) -> os.stat_result:
+            found = look(path, **options)
+            if os.fspath(path) == str(target / "latest"):
+                monkeypatch.undo()
+                target.rename(tmp_path / "away")
+            return found
+
+        return looked
+
+    for name in ("stat", "lstat"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    with pytest.raises(FileNotFoundError):
+        folder._carry(target, copy, ())
+    assert (tmp_path / "away").exists()
+    assert set(os.listdir(copy)) == set(OWNED), "all that came before it, and nothing of it"
 
 
 def test_many_writers_and_a_reader_never_meet_a_mix(tmp_path: Path, either_way: str) -> None:

@@ -188,7 +188,8 @@ def _carry(old: Path, new: Path, skip: Collection[str]) -> None:
     """Put everything of ``old`` but the files in ``skip`` into ``new`` too, where ``new`` has no such name."""
     for name in sorted(os.listdir(old)):
         source, copy = old / name, new / name
-        if source.is_dir() and not source.is_symlink():
+        mode = os.lstat(source).st_mode  # one look: a rival may take the old folder away, and put another in its place
+        if stat.S_ISDIR(mode):
             if not copy.is_dir():
                 if os.path.lexists(copy):
                     raise LoraSqueezeError(f"{quoted(source)} is a folder where a file is to be written; move it away")
@@ -196,18 +197,18 @@ def _carry(old: Path, new: Path, skip: Collection[str]) -> None:
             _carry(source, copy, ())
             shutil.copystat(source, copy)
         elif name not in skip and not os.path.lexists(copy):
-            _carry_file(source, copy)
+            _carry_file(source, mode, copy)
 
 
-def _carry_file(source: Path, copy: Path) -> None:
-    if source.is_symlink():
+def _carry_file(source: Path, mode: int, copy: Path) -> None:
+    if stat.S_ISLNK(mode):
         os.symlink(os.readlink(source), copy)
         shutil.copystat(source, copy, follow_symlinks=False)
         return
     try:
         os.link(source, copy)
     except OSError:
-        if not source.is_file():
+        if not stat.S_ISREG(mode):
             raise
         shutil.copy2(source, copy)
         sync(copy)
