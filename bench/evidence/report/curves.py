@@ -37,16 +37,16 @@ _LOOKS = {
     "plan-data": _Look("#CC79A7", "--", ">"),
     "cont": _Look("#009E73", "-", "s"),
     "cont-data": _Look("#009E73", "--", "D"),
-    "in-equal": _Look("#0072B2", "-", "P"),
-    "in-proportional": _Look("#0072B2", "--", "X"),
     "in-adaptive": _Look("#0072B2", ":", "*"),
-    "in-equal-restart": _Look("#E69F00", "-", "P"),
-    "in-proportional-restart": _Look("#E69F00", "--", "X"),
-    "in-equal-rising": _Look("#56B4E9", "-", "P"),
-    "in-proportional-rising": _Look("#56B4E9", "--", "X"),
-    "in-equal-restart-rising": _Look("#F0E442", "-", "P"),
-    "in-proportional-restart-rising": _Look("#F0E442", "--", "X"),
 }
+for _rates, _color in {
+    "": "#0072B2",
+    "-restart": "#E69F00",
+    "-rising": "#56B4E9",
+    "-restart-rising": "#F0E442",
+}.items():
+    _LOOKS["in-equal" + _rates] = _Look(_color, "-", "P")
+    _LOOKS["in-proportional" + _rates] = _Look(_color, "--", "X")
 _OTHERS = [_Look(_GREY, line, marker) for line in ("-", "--", ":") for marker in ("h", "d", "p", "8")]
 
 

@@ -23,8 +23,7 @@ def follow_stages(policy: str, scheduler: Any, schedule: Schedule | Adaptive) ->
         "rank"      factor(step) = curve(step) * sqrt(first rank / rank of the stage)
         "restart-rank"  both: the factor of "restart" times this root
 
-    "restart" runs the whole curve, warm-up included, once per stage, compressed to the stage's length. The root is
-    what learning rates found for each rank alone come near to: low ranks bear, and need, higher ones. Steps are those
+    "restart" runs the whole curve, warm-up included, once per stage, compressed to the stage's length. Steps are those
     of the optimiser, of which accelerate's wrapper makes several of the scheduler where there are several processes.
 
     Where the scheduler follows the same stages already, as it does for another adapter or after an interruption, it is
