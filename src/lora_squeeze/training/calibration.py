@@ -83,7 +83,7 @@ class Subject:
         base: folder or hub id of the base model; default what the adapter's configuration names.
         device: where to compute; default the best there is.
         dtype: number format of the base weights, "float32" or "bfloat16"; default bfloat16 where the hardware
-            multiplies it.
+            multiplies it faster.
 
     Raises:
         LoraSqueezeError: no base model or no data there, an adapter of another task than language, or one that does not

@@ -78,7 +78,7 @@ class TrainSettings:
         learning_rate_policy: "continue", one curve of the learning rate over all stages (default), "restart", the whole
             curve once per stage, "rank", one curve times sqrt(source rank / rank), or "restart-rank", both.
         dtype: number format of base weights and products, float32 or bfloat16; default bfloat16 where the hardware
-            multiplies it. The factors are float32.
+            multiplies it faster. The factors are float32.
         gradient_checkpointing: compute activations twice instead of keeping them: less memory, about a fifth slower.
         cpu: train on the processor even if there is an accelerator.
         seed: of the order of the examples and the initial factors.
