@@ -27,10 +27,10 @@ run smollm2 --methods "${arms[@]}" --tasks syllables number-words words-numbers 
     maths-digit maths-compare maths-round maths-linear maths-sort
 
 # The vision-language model: ten tasks; two of them with three seeds. Its tower is trained first, a quarter of an hour.
-two=(picture-digit picture-sum)
+two=(picture-digit picture-binding)
 tune vlm --methods "${arms[@]}" --tasks "${two[@]}"
-run vlm --methods "${arms[@]}" --tasks "${two[@]}" picture-parity picture-count picture-compare picture-difference \
-    picture-colour picture-place picture-binding picture-row
+run vlm --methods "${arms[@]}" --tasks "${two[@]}" picture-parity picture-count picture-compare picture-sum \
+    picture-difference picture-colour picture-place picture-row
 run vlm --methods "${arms[@]}" --seeds 1 2 --tasks "${two[@]}"
 
 # Two more seeds of four tasks.
