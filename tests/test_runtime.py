@@ -9,16 +9,18 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("has", "precision"),
+    ("name", "has", "precision"),
     [
-        ((), "float32"),
-        (("avx512_bf16",), "float32"),  # slower than float32 where there is no AMX
-        (("avx512_bf16", "amx_bf16"), "bfloat16"),
-        (("bf16",), "bfloat16"),  # ARM
+        ("Intel(R) Xeon(R) Processor", (), "float32"),
+        ("Intel(R) Xeon(R) Processor", ("avx512_bf16",), "float32"),  # slower than float32 where there is no AMX
+        ("Intel(R) Xeon(R) Processor", ("avx512_bf16", "amx_bf16"), "bfloat16"),
+        ("AMD EPYC", (), "float32"),
+        ("AMD EPYC", ("avx512_bf16",), "bfloat16"),
+        ("Neoverse-V1", ("bf16",), "bfloat16"),
     ],
 )
-def test_the_precision_of_a_processor_is_the_faster_one(monkeypatch, has, precision):
-    capabilities = {name: name in has for name in ("avx512_bf16", "amx_bf16", "bf16")}
+def test_the_precision_of_a_processor_is_the_faster_one(monkeypatch, name, has, precision):
+    capabilities = {"cpu_name": name, **{one: one in has for one in ("avx512_bf16", "amx_bf16", "bf16")}}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert choose_precision(CPU) == precision
 

@@ -36,15 +36,16 @@ def choose_device(asked: str | None) -> torch.device:
 def choose_precision(device: torch.device) -> str:
     """ "bfloat16" where the hardware multiplies it faster, else "float32".
 
-    A processor without bfloat16 instructions emulates them, more than ten times slower than float32. One with those of
-    AVX-512 alone, without AMX, took 1.4 to 1.5 times as long for a training step of SmolLM2 as in float32
-    (records/2026-11-30-bfloat16-on-processors).
+    A processor without bfloat16 instructions emulates them, more than ten times slower than float32. With those of
+    AVX-512 alone, without AMX, a training step of SmolLM2 took 1.4 to 1.5 times as long as in float32 on one of Intel's
+    and half as long on one of AMD's (records/2026-11-30-bfloat16-on-processors), so there the maker decides.
     """
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device.type == "cpu":
         capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-        if any(capabilities.get(name) for name in ("amx_bf16", "bf16")):
+        amd = str(capabilities.get("cpu_name", "")).startswith("AMD")
+        if any(capabilities.get(name) for name in ("amx_bf16", "bf16", *(("avx512_bf16",) if amd else ()))):
             return "bfloat16"
     return "float32"
 
