@@ -553,6 +553,12 @@ def test_lines_of_other_kinds_are_passed_over_and_machines_are_listed() -> None:
 def test_without_what_a_claim_needs_it_is_not_measured() -> None:
     page = verdicts_page([only([row("task-a", "direct", 8, 0, 1.0)])])
     assert page.count("**toy, by accuracy: not measured.**") == 2 and "(depends" not in page
+    assert "**toy, in-adaptive, by accuracy: not measured.**" in page, "as no other form of the claim is measured"
+
+
+def test_forms_of_a_claim_that_no_model_measured_are_left_out_of_the_page() -> None:
+    page = verdicts_page([only(world(plain))])
+    assert "in-equal" in page and "in-adaptive" not in page
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------

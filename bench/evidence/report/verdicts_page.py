@@ -15,7 +15,7 @@ _WORDS = {ACCURACY: "accuracy", LEARNED: "loss"}
 
 def verdicts_page(models: Sequence[Results]) -> str:
     """The whole page."""
-    found = {label: list(all_verdicts(results)) for label, results in zip(labels(models), models, strict=True)}
+    found = _asked({label: list(all_verdicts(results)) for label, results in zip(labels(models), models, strict=True)})
     parts = ["# Verdicts", "By accuracy / by loss; claims with one answer are judged by loss alone.", _overview(found)]
     parts += [
         text for label, results in zip(labels(models), models, strict=True) for text in _uncounted(label, results)
@@ -27,6 +27,16 @@ def verdicts_page(models: Sequence[Results]) -> str:
         for model, all_of_it in found.items():
             parts += [text for v in all_of_it if v.claim[0] == letter for text in _details(model, v)]
     return "\n\n".join(parts) + "\n"
+
+
+def _asked(found: dict[str, list[Verdict]]) -> dict[str, list[Verdict]]:
+    """Without the forms of a claim that no model has measured, if another form of it is measured."""
+    measured = {verdict.claim for all_of_it in found.values() for verdict in all_of_it if verdict.outcome != UNMEASURED}
+    letters = {claim[0] for claim in measured}
+    return {
+        model: [v for v in all_of_it if v.claim in measured or v.claim[0] not in letters]
+        for model, all_of_it in found.items()
+    }
 
 
 def _overview(found: dict[str, list[Verdict]]) -> str:
