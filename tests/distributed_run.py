@@ -36,7 +36,7 @@ def plain_loop(kind: str, options: dict[str, Any]) -> dict[str, Any]:
     """Each process trains its half of every batch."""
     network = wrapped(kind)
     optimizer = adamw(network)
-    squeezer = Squeezer(network, optimizer, make_schedule(SOURCE, TARGET, STEPS), **options)
+    squeezer = Squeezer(network, optimizer, make_schedule(SOURCE, TARGET, STEPS, steps="equal"), **options)
     me, losses = distributed.get_rank(), []
     for step in range(STEPS):
         loss = network(**{key: value[2 * me : 2 * me + 2] for key, value in batch(step).items()}).loss
@@ -66,7 +66,7 @@ def trainer(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     from lora_squeeze.training.callback import SqueezeCallback
 
     resume = folder / "trainer" / "checkpoint-6" if options.pop("resume", False) else None
-    callback = SqueezeCallback(TARGET, **options)
+    callback = SqueezeCallback(TARGET, **{"steps": "equal"} | options)
     where = folder / ("resumed" if resume else "trainer")
     settings: dict[str, Any] = dict(
         max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], disable_tqdm=True,

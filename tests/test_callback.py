@@ -66,8 +66,13 @@ def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {k: v for k, v in network.state_dict().items() if "lora_" in k}
 
 
+def in_stages(**options: Any) -> SqueezeCallback:
+    """Stages of 4 steps each, unless the options say otherwise."""
+    return SqueezeCallback(TARGET, **({} if "mode" in options else {"steps": "equal"}) | options)
+
+
 def test_one_callback_ends_at_the_target_rank(tmp_path: Path) -> None:
-    callback = SqueezeCallback(TARGET)
+    callback = in_stages()
     run = trainer(tmp_path, callback)
     run.train()
     assert widths(run.model) == {TARGET}
@@ -87,7 +92,9 @@ def test_one_callback_ends_at_the_target_rank(tmp_path: Path) -> None:
         ("post", {}, [(12, 2)]),
         ("cont", {"last_steps": 3}, [(9, 2)]),
         ("in", {"ranks": [6, 2], "steps": [2, 4, 6]}, [(2, 6), (6, 2)]),
-        ("in", {"train_after_last": False}, [(6, 4), (12, 2)]),
+        ("in", {}, [(7, 4), (10, 2)]),  # proportional to the rank
+        ("in", {"train_after_last": False}, [(8, 4), (12, 2)]),
+        ("in", {"steps": "equal", "train_after_last": False}, [(6, 4), (12, 2)]),
     ],
 )
 def test_modes_are_one_schedule(tmp_path: Path, mode: str, options: Any, expected: list[tuple[int, int]]) -> None:
@@ -108,7 +115,7 @@ def test_adaptive_mode_reaches_the_budget(tmp_path: Path) -> None:
 
 def test_trackers_receive_ranks_energy_and_the_loss_jump(tmp_path: Path) -> None:
     tracker = Tracker()
-    run = trainer(tmp_path, SqueezeCallback(TARGET), before=[tracker])
+    run = trainer(tmp_path, in_stages(), before=[tracker])
     run.train()
     told = {entry["step"]: entry for entry in tracker.told if "squeeze/rank" in entry}
     assert {step: entry["squeeze/rank"] for step, entry in told.items()} == {4: 4, 8: 2}
@@ -121,7 +128,7 @@ def test_trackers_receive_ranks_energy_and_the_loss_jump(tmp_path: Path) -> None
 
 def test_trackers_receive_no_loss_where_the_model_tells_none(tmp_path: Path) -> None:
     """With label smoothing the Trainer keeps the labels, and computes the loss itself."""
-    tracker, callback = Tracker(), SqueezeCallback(TARGET)
+    tracker, callback = Tracker(), in_stages()
     trainer(tmp_path, callback, before=[tracker], label_smoothing_factor=0.1).train()
     told = [entry for entry in tracker.told if "squeeze/rank" in entry]
     assert len(told) == 2
@@ -156,10 +163,10 @@ def test_the_loss_is_measured_on_the_last_batch(tmp_path: Path) -> None:
 def test_resumed_training_is_bit_identical(tmp_path: Path, stop: int, options: dict[str, Any]) -> None:
     """Right before, at, and after a squeeze (4 and 8), from the checkpoints of one uninterrupted run."""
     saving = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine"}
-    whole = trainer(tmp_path / "whole", SqueezeCallback(TARGET, **options), **saving)
+    whole = trainer(tmp_path / "whole", in_stages(**options), **saving)
     whole.train()
     shutil.copytree(tmp_path / "whole" / f"checkpoint-{stop}", tmp_path / "again" / f"checkpoint-{stop}")
-    callback, other = SqueezeCallback(TARGET, **options), whole.callback_handler.callbacks[0]
+    callback, other = in_stages(**options), whole.callback_handler.callbacks[0]
     resumed = trainer(tmp_path / "again", callback, **saving)
     resumed.train(resume_from_checkpoint=True)
     assert weights(resumed.model).keys() == weights(whole.model).keys()
@@ -187,14 +194,14 @@ class Interruption(TrainerCallback):
 def test_an_interrupted_run_goes_on_in_the_same_process(tmp_path: Path, way: str, options: dict[str, Any]) -> None:
     """Interrupted at rank 4, taken up at rank 8; nothing of the first run listens any more."""
     saving = {"save_strategy": "steps", "save_steps": 3}
-    whole = trainer(tmp_path / "whole", SqueezeCallback(TARGET, **options), **saving)
+    whole = trainer(tmp_path / "whole", in_stages(**options), **saving)
     whole.train()
     network, stop = model(), Interruption(5, KeyboardInterrupt())
-    run = trainer(tmp_path / "again", SqueezeCallback(TARGET, **options), network, before=[stop], **saving)
+    run = trainer(tmp_path / "again", in_stages(**options), network, before=[stop], **saving)
     with pytest.raises(KeyboardInterrupt):
         run.train()
     if way == "new trainer":
-        run = trainer(tmp_path / "again", SqueezeCallback(TARGET, **options), network, **saving)
+        run = trainer(tmp_path / "again", in_stages(**options), network, **saving)
     run.train(resume_from_checkpoint=True)
     for key, value in weights(whole.model).items():
         assert torch.equal(value, weights(run.model)[key]), key
@@ -207,14 +214,14 @@ def test_an_interrupted_run_goes_on_in_the_same_process(tmp_path: Path, way: str
 
 def test_a_run_that_begins_anew_with_smaller_batches_is_squeezed(tmp_path: Path) -> None:
     stop = Interruption(2, torch.cuda.OutOfMemoryError("CUDA out of memory."))
-    callback = SqueezeCallback(TARGET, data_aware=True)
+    callback = in_stages(data_aware=True)
     run = trainer(tmp_path, callback, before=[stop], auto_find_batch_size=True)
     run.train()
     assert [(e["step"], e["rank"]) for e in callback.history] == [(4, 4), (8, 2)]
 
 
 def test_a_callback_that_serves_again_forgets_its_first_training(tmp_path: Path) -> None:
-    callback = SqueezeCallback(TARGET)
+    callback = in_stages()
     trainer(tmp_path / "a", callback).train()
     network = get_peft_model(seeded(small_llama), LoraConfig(r=SOURCE, target_modules=["q_proj"]), adapter_name="other")
     run = trainer(tmp_path / "b", callback, network.train())
@@ -225,9 +232,9 @@ def test_a_callback_that_serves_again_forgets_its_first_training(tmp_path: Path)
 
 def test_resume_with_restored_callback_states(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 1, "restore_callback_states_from_checkpoint": True}
-    whole = trainer(tmp_path / "a", SqueezeCallback(TARGET), **saving)
+    whole = trainer(tmp_path / "a", in_stages(), **saving)
     whole.train()
-    resumed = trainer(tmp_path / "a", SqueezeCallback(TARGET), **saving)
+    resumed = trainer(tmp_path / "a", in_stages(), **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
     for key, value in weights(whole.model).items():
         assert torch.equal(value, weights(resumed.model)[key]), key
@@ -242,7 +249,7 @@ def test_a_ready_made_optimiser_and_a_model_made_anew_resume_too(tmp_path: Path,
         if way == "optimizer":
             network = model()
             made = {"model": network, "optimizers": (adamw(network), None)}
-        found = Trainer(args=args, train_dataset=Counting(), callbacks=[SqueezeCallback(TARGET)], **made)
+        found = Trainer(args=args, train_dataset=Counting(), callbacks=[in_stages()], **made)
         found.train(**more)
         return found
 
@@ -286,10 +293,10 @@ def test_two_callbacks_resume_from_their_own_last_states() -> None:
 def test_statistics_are_those_of_the_checkpoint_that_is_loaded(tmp_path: Path) -> None:
     """Another run's checkpoint of the same step lies in the folder of the new one."""
     saving = {"save_strategy": "steps", "save_steps": 6}
-    whole = trainer(tmp_path / "old", SqueezeCallback(TARGET, data_aware=True), **saving)
+    whole = trainer(tmp_path / "old", in_stages(data_aware=True), **saving)
     whole.train()
-    trainer(tmp_path / "new", SqueezeCallback(TARGET, data_aware=True), **saving, learning_rate=0.1).train()
-    resumed = trainer(tmp_path / "new", SqueezeCallback(TARGET, data_aware=True), **saving)
+    trainer(tmp_path / "new", in_stages(data_aware=True), **saving, learning_rate=0.1).train()
+    resumed = trainer(tmp_path / "new", in_stages(data_aware=True), **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-6"))
     for key, value in weights(whole.model).items():
         assert torch.equal(value, weights(resumed.model)[key]), key
@@ -297,24 +304,24 @@ def test_statistics_are_those_of_the_checkpoint_that_is_loaded(tmp_path: Path) -
 
 def test_missing_statistics_are_told(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 6}
-    trainer(tmp_path, SqueezeCallback(TARGET, data_aware=True), **saving).train()
+    trainer(tmp_path, in_stages(data_aware=True), **saving).train()
     (tmp_path / "checkpoint-6" / "squeeze_statistics.pt").unlink()
-    resumed = trainer(tmp_path, SqueezeCallback(TARGET, data_aware=True), **saving)
+    resumed = trainer(tmp_path, in_stages(data_aware=True), **saving)
     with pytest.warns(UserWarning, match=r"no squeeze_statistics.pt of adapter 'default' in .*checkpoint-6"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert widths(resumed.model) == {TARGET}
 
 
 def test_checkpoints_are_adapters_of_their_stage(tmp_path: Path) -> None:
-    run = trainer(tmp_path, SqueezeCallback(TARGET), save_strategy="steps", save_steps=3, save_total_limit=2)
+    run = trainer(tmp_path, in_stages(), save_strategy="steps", save_steps=3, save_total_limit=2)
     run.train()
     ranks = {p.name: lora_squeeze.load(p).rank for p in tmp_path.glob("checkpoint-*")}
     assert ranks == {"checkpoint-9": 2, "checkpoint-12": 2}
 
 
 def test_another_schedule_on_resume_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    trainer(tmp_path, SqueezeCallback(TARGET), save_strategy="steps", save_steps=6).train()
-    resumed = trainer(tmp_path, SqueezeCallback(TARGET, steps="inverse"))
+    trainer(tmp_path, in_stages(), save_strategy="steps", save_steps=6).train()
+    resumed = trainer(tmp_path, in_stages(steps="inverse"))
     with pytest.raises(LoraSqueezeError, match=r"another schedule: steps was \[4, 4, 4\]"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert resumed.state.global_step == 6
@@ -339,7 +346,7 @@ def test_the_best_checkpoint_is_squeezed_at_the_end(tmp_path: Path, best: int, o
             return metrics
 
     run = trainer(
-        tmp_path, SqueezeCallback(TARGET, **options), load_best_model_at_end=True, save_strategy="steps",
+        tmp_path, in_stages(**options), load_best_model_at_end=True, save_strategy="steps",
         eval_strategy="steps", save_steps=2, eval_steps=2, metric_for_best_model="eval_loss",
     )  # fmt: skip
     run.__class__ = Scored
@@ -367,7 +374,7 @@ def test_early_stopping_ends_at_the_target(tmp_path: Path) -> None:
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
-    callback = SqueezeCallback(TARGET)
+    callback = in_stages()
     run = trainer(
         tmp_path, callback, before=[EarlyStoppingCallback(2)], eval_strategy="steps", eval_steps=1, save_steps=1,
         save_strategy="steps", load_best_model_at_end=False, metric_for_best_model="eval_loss", greater_is_better=False,
@@ -401,7 +408,7 @@ def test_early_stopping_ends_at_the_target(tmp_path: Path) -> None:
     ids=str,
 )
 def test_ways_of_training_go_on_across_squeezes(tmp_path: Path, arguments: dict[str, Any]) -> None:
-    callback = SqueezeCallback(TARGET, data_aware=True)
+    callback = in_stages(data_aware=True)
     run = trainer(tmp_path, callback, **({"logging_steps": 1} | arguments))
     run.train()
     assert widths(run.model) == {TARGET}
@@ -414,7 +421,7 @@ def test_all_trained_adapters_are_squeezed(tmp_path: Path) -> None:
     network = model()
     network.add_adapter("second", LoraConfig(r=6, lora_alpha=6, target_modules=["q_proj"]))
     network.base_model.set_adapter(["default", "second"])
-    tracker, callback = Tracker(), SqueezeCallback(TARGET)
+    tracker, callback = Tracker(), in_stages()
     trainer(tmp_path, callback, network, before=[tracker]).train()
     assert [{m.width for m in live_modules(network, name)} for name in ("default", "second")] == [{TARGET}, {TARGET}]
     assert {e["adapter"] for e in callback.history} == {"default", "second"}
@@ -423,7 +430,7 @@ def test_all_trained_adapters_are_squeezed(tmp_path: Path) -> None:
 
 def test_torch_compile_in_the_trainer(tmp_path: Path) -> None:
     torch.compiler.reset()
-    run = trainer(tmp_path, SqueezeCallback(TARGET), torch_compile=True, torch_compile_backend="eager")
+    run = trainer(tmp_path, in_stages(), torch_compile=True, torch_compile_backend="eager")
     run.train()
     assert widths(run.model) == {TARGET}
 
@@ -470,7 +477,7 @@ def test_schedules_that_do_not_fit_are_refused_before_the_first_step(
 
 def test_a_variant_is_refused_when_the_trainer_is_made(tmp_path: Path) -> None:
     with pytest.raises(LoraSqueezeError, match="DoRA"):
-        trainer(tmp_path, SqueezeCallback(TARGET), model(use_dora=True))
+        trainer(tmp_path, in_stages(), model(use_dora=True))
 
 
 def test_an_unknown_optimiser_is_refused_before_the_first_step(tmp_path: Path) -> None:
@@ -478,14 +485,14 @@ def test_an_unknown_optimiser_is_refused_before_the_first_step(tmp_path: Path) -
         def __init__(self, params: Any) -> None:
             super().__init__(params, {"lr": 1.0})
 
-    run = trainer(tmp_path, SqueezeCallback(TARGET))
+    run = trainer(tmp_path, in_stages())
     run.optimizer = Strange([p for p in run.model.parameters() if p.requires_grad])
     with pytest.raises(LoraSqueezeError, match="Strange"):
         run.train()
 
 
 def test_the_callbacks_state_is_json(tmp_path: Path) -> None:
-    run = trainer(tmp_path, SqueezeCallback(TARGET, ranks=[4, 2]), save_strategy="steps", save_steps=12)
+    run = trainer(tmp_path, in_stages(ranks=[4, 2]), save_strategy="steps", save_steps=12)
     run.train()
     state = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())
     stored = state["stateful_callbacks"]["SqueezeCallback"]

@@ -68,7 +68,7 @@ def seen(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def alone() -> tuple[list[float], dict[str, list[list[float]]]]:
     network = model()
     optimizer = adamw(network)
-    squeezer = Squeezer(network, optimizer, make_schedule(SOURCE, TARGET, STEPS))
+    squeezer = Squeezer(network, optimizer, make_schedule(SOURCE, TARGET, STEPS, steps="equal"))
     losses = train(network, optimizer, squeezer, range(STEPS))
     return losses, {m.name: m.update().dense().tolist() for m in live_modules(network, "default")}
 

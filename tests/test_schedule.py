@@ -229,7 +229,7 @@ def test_the_steps_are_ordered_as_the_weights(ends: list[int], steps: str, total
 def test_without_a_floor_at_work_every_stage_is_within_one_step_of_its_share(
     ends: list[int], steps: str, total: int
 ) -> None:
-    schedule = make_schedule(ends[1], ends[0], total, steps=steps)
+    schedule = make_schedule(ends[1], ends[0], total, steps=steps, min_steps=1)
     weight = {
         "equal": lambda r: 1.0,
         "proportional": float,
@@ -276,7 +276,7 @@ def test_the_last_stage_gets_its_own_number_and_the_others_share_the_rest(
     assume(source > 2 * target)
     last = data.draw(st.integers(1, total // 2)) if train else 0
     schedule = make_schedule(
-        source, target, total, steps=steps, last_steps=last or None, train_after_last=train, ranks="geometric"
+        source, target, total, steps=steps, min_steps=1, last_steps=last or None, train_after_last=train
     )
     assert schedule.steps[-1] == last and schedule.total_steps == total
     weights = [WEIGHTS[steps](rank) for rank in schedule.ranks[:-1]]
@@ -329,11 +329,30 @@ def test_a_schedule_longer_than_the_training_is_refused_and_the_numbers_it_names
 
 def test_the_papers_floor_costs_the_large_stages_in_proportion() -> None:
     """10 000 steps from rank 64 to 1: in proportion, the lowest ranks would get fewer than 200."""
-    plain = make_schedule(64, 1, 10_000, steps="proportional")
+    plain = make_schedule(64, 1, 10_000, steps="proportional", min_steps=1)
     floored = make_schedule(64, 1, 10_000, steps="proportional", min_steps=200)
     assert [n < 200 for n in plain.steps] == [n == 200 for n in floored.steps]
     for i in range(plain.steps.index(next(n for n in plain.steps if n < 200)) - 1):
         assert abs(floored.steps[i] - 2 * floored.steps[i + 1]) <= 2
+
+
+@quick
+@given(ENDS, st.integers(10, 20_000), st.one_of(st.none(), st.integers(1, 5)))
+def test_by_default_steps_are_proportional_and_every_stage_has_a_twentieth(
+    ends: list[int], total: int, last: int | None
+) -> None:
+    schedule = make_schedule(ends[1], ends[0], total, last_steps=last)
+    floor = max(1, round(total / 20)) if len(schedule.steps) <= 20 else 1
+    options: dict[str, Any] = {"steps": "proportional", "last_steps": last}
+    if last is None:
+        assert schedule == make_schedule(ends[1], ends[0], total, min_steps=floor, **options)
+    else:  # a shorter last stage may be asked for
+        assert schedule.steps[-1] == last and min(schedule.steps[:-1]) >= min(floor, (total - last) // 10)
+
+
+def test_the_default_floor_gives_way_where_the_stages_are_many() -> None:
+    assert make_schedule(64, 1, 100, squeezes=63).steps[-1] == 1
+    assert make_schedule(2, 1, 2).steps == (1, 1)
 
 
 # --- modes ----------------------------------------------------------------------------------------------------------

@@ -83,4 +83,4 @@ def widths(network: torch.nn.Module) -> set[int]:
 
 
 def in_squeeze(steps: int = STEPS) -> Schedule:
-    return make_schedule(SOURCE, TARGET, steps)
+    return make_schedule(SOURCE, TARGET, steps, steps="equal")

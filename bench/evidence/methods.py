@@ -33,18 +33,13 @@ from lora_squeeze.adaptive import Adaptive
 from lora_squeeze.schedule import CONT_SHARE, Schedule, make_schedule
 
 SOURCE = "direct"
-FLOOR_SHARE = 0.05
 
 
 def _equal(source: int, rank: int, steps: int) -> Schedule:
-    return make_schedule(source, rank, steps)
+    return make_schedule(source, rank, steps, steps="equal")
 
 
-def _proportional(source: int, rank: int, steps: int) -> Schedule:
-    return make_schedule(source, rank, steps, steps="proportional", min_steps=max(1, round(FLOOR_SHARE * steps)))
-
-
-_STEPS = {"in-equal": _equal, "in-proportional": _proportional}
+_STEPS = {"in-equal": _equal, "in-proportional": make_schedule}
 _RATES = {  # arm's ending -> `Squeezer`'s learning_rate
     "": "continue", "-restart": "restart", "-rising": "rank", "-restart-rising": "restart-rank",
 }  # fmt: skip

@@ -128,7 +128,7 @@ def state(task: Task, rows: Rows, steps: int, rates: list[float], seeds: list[in
             return
         start = time.perf_counter()
         if arm in ARMS:
-            schedule = make_schedule(SOURCE, TARGET, steps)
+            schedule = make_schedule(SOURCE, TARGET, steps, steps="equal")
             model, losses, history = train(task, SOURCE, steps, rate, seed, schedule, **ARMS[arm])
         else:
             model, losses, history = train(task, int(arm.removeprefix("direct ")), steps, rate, seed)
