@@ -267,7 +267,7 @@ def test_two_callbacks_resume_from_their_own_last_states() -> None:
 
     def callbacks() -> list[SqueezeCallback]:
         asked = {"default": TARGET, "other": 1}
-        return [SqueezeCallback(rank, adapter=name, measure_loss=False) for name, rank in asked.items()]
+        return [SqueezeCallback(rank, adapter=name, steps="equal", measure_loss=False) for name, rank in asked.items()]
 
     def begin(found: list[SqueezeCallback], state: TrainerState, live: PeftModel) -> None:
         for callback in found:

@@ -84,7 +84,7 @@ def test_the_loss_goes_down(finished: Finished) -> None:
 def test_the_record_beside_the_adapter_tells_settings_squeezes_and_losses(finished: Finished) -> None:
     record = json.loads((finished.folder / "training.json").read_text())
     assert record["settings"]["source_rank"] == SOURCE_RANK and record["settings"]["output"] == str(finished.folder)
-    assert [(s["step"], s["rank"]) for s in record["squeezes"]] == [(4, 4), (8, RANK)]
+    assert [(s["step"], s["rank"]) for s in record["squeezes"]] == [(7, 4), (10, RANK)]
     assert all(0 < s["energy"] <= 1 and s["loss_before"] > 0 and s["loss_after"] > 0 for s in record["squeezes"])
     assert record["losses"] == {str(step): loss for step, loss in finished.trained.losses.items()}
     assert record["versions"]["trl"] == __import__("trl").__version__ and record["rank"] == RANK

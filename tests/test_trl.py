@@ -45,7 +45,7 @@ def arguments(folder: Path, **more: Any) -> dict[str, Any]:
 def check(run: Any, callback: SqueezeCallback, folder: Path) -> None:
     """It ended at the target, the loss jump was measured, and what is saved is a plain LoRA of that rank."""
     assert {m.width for m in live_modules(run.model, "default")} == {TARGET}
-    assert [(e["step"], e["rank"]) for e in callback.history] == [(4, 4), (8, 2)]
+    assert [(e["step"], e["rank"]) for e in callback.history] == [(7, 4), (10, 2)]
     assert all(e["loss_before"] == e["loss_before"] > 0 for e in callback.history)
     assert all(abs(e["loss_after"] - e["loss_before"]) < 1 for e in callback.history)
     run.save_model(str(folder / "final"))
