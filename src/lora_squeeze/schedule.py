@@ -16,10 +16,10 @@ T always holds all steps, those after the last squeeze too: runs of the same T a
 Defaults, with reasons:
 
 - ranks "geometric", as many squeezes as halvings: every squeeze cuts off about the same share of the parameters.
-- steps "proportional" to the rank, with min_steps 5 % of T: better than equal steps in squeezes of SmolLM2 from rank 64 to
-  8 and 2 (records/2026-12-01-stages) and of a vision-language model to 16 ... 1 (records/2026-11-29-evidence); of MiniLM
-  only at a low learning rate. Without a floor the low ranks get hardly any steps: of 10 000 from rank 64 to rank 1 the
-  last stage would get 79. The paper's floor for this variant is 200 of 10 000.
+- steps "proportional" to the rank, with min_steps 5 % of T: better than equal steps in squeezes of SmolLM2 from rank 64
+  to 8 and 2 (records/2026-12-01-stages) and of a vision-language model to 16 ... 1 (records/2026-11-29-evidence); of
+  MiniLM only at a low learning rate. Without a floor the low ranks get hardly any steps: of 10 000 from rank 64 to rank
+  1 the last stage would get 79. The paper's floor for this variant is 200 of 10 000.
 - last_steps of "cont": 5 % of T, a little less than the paper's 700 steps after 10 000.
 
 LoRA-Squeeze (arXiv 2602.10993) gives the three modes and its floor. How it allots steps to stages is our reading of the
