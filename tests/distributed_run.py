@@ -6,6 +6,7 @@ Usage: distributed_run.py FOLDER CASES, the cases as JSON: name -> {"kind": ddp 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -132,3 +133,8 @@ def main(folder: Path, cases: dict[str, dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is written, and the interpreter is not taken down: gloo's threads may hold on to tensors, and then torch aborts
+    # (pytorch/pytorch, pull request 179291).
+    os._exit(0)
