@@ -135,6 +135,6 @@ if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))
     sys.stdout.flush()
     sys.stderr.flush()
-    # All is written, and the interpreter is not taken down: gloo's threads may hold on to tensors, and then torch aborts
+    # All is written. The interpreter is not taken down: gloo's threads may hold on to tensors, and then torch aborts
     # (pytorch/pytorch, pull request 179291).
     os._exit(0)
