@@ -419,7 +419,11 @@ def test_tuned_and_then_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     tuned = like(read_rows([rates]), kind="result")
     assert {row["part"] for row in tuned} == {"validation"}
     assert len({row["rate"] for row in tuned}) >= 3
-    command_line.main(["run", *COMMON, "--rates", str(rates), "--rows", str(rows), *store])
+    run = ["run", *COMMON, "--rates", str(rates), "--rows", str(rows), *store]
+    command_line.main(run)
+    written = rows.read_bytes()
+    command_line.main(run)
+    assert rows.read_bytes() == written, "with nothing left to do, nothing is written"
     found = like(read_rows([rows]), kind="result")
     assert {row["part"] for row in found} == {"test"}
     for row in like(found, method="direct"):

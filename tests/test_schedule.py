@@ -343,9 +343,8 @@ def test_by_default_steps_are_proportional_and_every_stage_has_a_twentieth(
 ) -> None:
     schedule = make_schedule(ends[1], ends[0], total, last_steps=last)
     floor = max(1, round(total / 20)) if len(schedule.steps) <= 20 else 1
-    options: dict[str, Any] = {"steps": "proportional", "last_steps": last}
     if last is None:
-        assert schedule == make_schedule(ends[1], ends[0], total, min_steps=floor, **options)
+        assert schedule == make_schedule(ends[1], ends[0], total, steps="proportional", min_steps=floor)
     else:  # a shorter last stage may be asked for
         assert schedule.steps[-1] == last and min(schedule.steps[:-1]) >= min(floor, (total - last) // 10)
 

@@ -33,7 +33,6 @@ def main(arguments: list[str] | None = None) -> None:
     head = commit()
     command = shlex.join(["python", "-m", "bench.evidence", *(arguments or sys.argv[1:])])
     start = {"kind": "machine", "command": command, "commit": head, **machine()}
-    append(given.rows, [start])
     failures = 0
     begun: set[tuple[Any, ...]] = set()  # jobs that failed are not tried again in this run
     while True:
@@ -41,6 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
         jobs = {name: job for name, job in jobs.items() if (name, job.wanted) not in begun}
         if not jobs:
             break
+        if not begun:
+            append(given.rows, [start])
         begun |= {(name, job.wanted) for name, job in jobs.items()}
         failures += _do(jobs, given, rows, head)
     if failures:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All runs of this record, those first that answer most. Cut at any moment and started again, it goes on where it was.
-# About 30 hours of one core; there are as many workers as cores. PYTHON=... chooses the interpreter.
+# More than a day of one core; there are as many workers as cores. PYTHON=... chooses the interpreter.
 set -eu
 cd "$(dirname "$0")/../.."
 export PYTHONPATH=. OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All runs of this record, at the source's learning rate first. Cut and started again, it goes on where it was.
-# About two hours of one core; there are as many workers as cores. PYTHON=... chooses the interpreter.
+# About an hour and a half of one core; there are as many workers as cores. PYTHON=... chooses the interpreter.
 set -eu
 cd "$(dirname "$0")/../.."
 export PYTHONPATH=. OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -44,8 +44,10 @@ def choose_precision(device: torch.device) -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device.type == "cpu":
         capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-        amd = str(capabilities.get("cpu_name", "")).startswith("AMD")
-        if any(capabilities.get(name) for name in ("amx_bf16", "bf16", *(("avx512_bf16",) if amd else ()))):
+        faster = ["amx_bf16", "bf16"]
+        if str(capabilities.get("cpu_name", "")).startswith("AMD"):
+            faster.append("avx512_bf16")
+        if any(capabilities.get(name) for name in faster):
             return "bfloat16"
     return "float32"
 
