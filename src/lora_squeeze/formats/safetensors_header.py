@@ -4,10 +4,12 @@ A file is: 8 bytes N (unsigned, little-endian), N bytes of JSON, then the data o
 The JSON maps each name to ``{"dtype", "shape", "data_offsets": [begin, end]}`` and ``__metadata__`` to strings.
 """
 
+import gc
 import json
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +94,18 @@ def not_safetensors(head: bytes, length: int, size: int) -> LoraSqueezeError:
     return damaged(f"the header begins with {quoted(head[8:9].decode('latin-1'))} in place of '{{'")
 
 
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Without the collector of cycles: JSON has none, and its walks make a header of 300 000 lists 25 times as slow."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def parse_header(raw: bytes, room: int) -> tuple[dict[str, Entry], dict[str, str]]:
     """Parse and check the JSON of a safetensors file.
 
@@ -106,7 +120,8 @@ def parse_header(raw: bytes, room: int) -> tuple[dict[str, Entry], dict[str, str
         LoraSqueezeError: any departure from the format; the message names the tensor.
     """
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        with _no_collector():
+            header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except LoraSqueezeError:
         raise
     except (ValueError, RecursionError) as error:
