@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_squeeze.errors import LoraSqueezeError
-from lora_squeeze.formats.safetensors_header import check_name, quoted
+from lora_squeeze.formats.safetensors_header import check_name, no_collector, quoted
 
 _MAX_PICKLE_BYTES = 2**22  # of the pickle in an archive: some 25,000 tensors
 _MAX_READS = 2**19  # of a file before PyTorch 1.6, in which the pickle has no length: about three for each object
@@ -57,7 +57,7 @@ def load_pickle(path: Path, *, zipped: bool) -> Any:
         Exception: of any kind, for a damaged file.
     """
     if not zipped:
-        with _Metered(io.FileIO(path)) as file:
+        with _Metered(io.FileIO(path)) as file, no_collector():
             return torch.load(file, map_location="cpu", weights_only=True)
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
@@ -65,7 +65,8 @@ def load_pickle(path: Path, *, zipped: bool) -> Any:
                 raise ValueError("a compressed record, which PyTorch does not write")
             if record.filename.endswith("data.pkl") and record.file_size > _MAX_PICKLE_BYTES:
                 raise ValueError(f"a pickle of {record.file_size} bytes, up to {_MAX_PICKLE_BYTES} are read")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with no_collector():
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def check_pickled(found: object, size: int) -> None:
