@@ -193,14 +193,14 @@ def test_inspect_names_the_way_to_leave_out_copies_of_the_base(tmp_path: Path, c
     carried = {f"{PREFIX}{name}": t + (i >= copies) for i, (name, t) in enumerate(base.items())}
     folder = write_folder(tmp_path / "in", plain_tensors() | carried)
     run = command(tmp_path, "inspect", folder, "--base", tmp_path / "base")
-    call = "lora-squeeze convert ADAPTER --to peft --without-extras -o OUT"
-    told = {1: f"1 of the 2 tensors .*{call} leaves out all of them", 2: f"all that it carries .*{call}"}
     assert run.out.count("can be dropped") == copies
-    assert re.search(told[copies], run.out) if copies else call not in run.out
-    if copies == 2:
-        words = call.replace("ADAPTER", str(folder)).replace("OUT", str(tmp_path / "out")).split()[1:]
+    told = {0: "", 1: "1 of the 2 tensors that it carries are in the base", 2: "all that it carries is in the base"}
+    call = re.search(rf"{told[copies]}: (lora-squeeze convert .* -o OUT) writes it without", run.out)
+    assert (call is not None) == (copies > 0)
+    if call:
+        words = call[1].replace("ADAPTER", str(folder)).replace("OUT", str(tmp_path / "out")).split()[1:]
         assert command(tmp_path, *words).code == 0
-        assert len(safetensors.torch.load_file(tmp_path / "out" / WEIGHTS)) == 2 * len(SHAPES)
+        assert len(safetensors.torch.load_file(tmp_path / "out" / WEIGHTS)) == 2 * len(SHAPES) + 2 - copies
 
 
 # --- refusals and usage ---------------------------------------------------------------------------------------------

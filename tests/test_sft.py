@@ -102,6 +102,8 @@ def test_the_global_random_generators_are_put_back(finished: Finished) -> None:
 @pytest.mark.parametrize(
     ("changes", "squeezed_at"),
     [
+        ({"stage_steps": "inverse", "squeezes": 1}, [1]),
+        ({"stage_steps": "equal", "squeezes": 1}, [2]),
         ({"mode": "cont", "last_steps": 2}, [2]),
         ({"mode": "post"}, [4]),
         ({"mode": "adaptive", "energy": 0.5, "allocate": "uniform"}, None),
@@ -250,6 +252,8 @@ def test_a_finished_adapter_is_squeezed_at_once_and_learns_on(place: Place, tmp_
         ({"allocate": "each"}, "allocate must be one of uniform, global, got 'each'"),
         ({"energy": 0.9}, "energy is no option of mode 'in': leave it out, or use mode 'adaptive'"),
         ({"mode": "adaptive", "last_steps": 1}, "last_steps is no option of mode 'adaptive': .* mode 'cont' or 'in'"),
+        ({"stage_steps": "fair"}, "stage_steps must be one of equal, proportional, sqrt, inverse, got 'fair'"),
+        ({"mode": "post", "stage_steps": "equal"}, "stage_steps is no option of mode 'post': .* or use mode 'in'"),
         ({"optimizer_state": "shake"}, "optimizer_state must be one of transport, reset, got 'shake'"),
         ({"distill": True}, "distill needs a finished adapter as the teacher: name the one to continue"),
         ({"generate": 9}, "generate is an option of distillation; add distill, or leave it out"),

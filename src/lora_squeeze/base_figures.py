@@ -116,28 +116,34 @@ class BaseComparison:
             shares = [100 * (figures[name].unchanged or 0.0) for name in lost]
             span = f"{min(shares):.0f}" if len(lost) == 1 else f"{min(shares):.0f} to {max(shares):.0f}"
             notes.append(
-                f"{_some(lost)}: this update is below bf16 rounding of the base weight ({span} % of the entries stay "
+                f"{some(lost)}: this update is below bf16 rounding of the base weight ({span} % of the entries stay "
                 "as they are): merging into bf16 loses most of it; serve it unmerged, or merge in float32"
             )
         counted = {name: found.intruders for name, found in figures.items() if found.intruders is not None}
         if counted:
-            some = [name for name, count in counted.items() if count]
+            intruded = [name for name, count in counted.items() if count]
             notes.append(
                 f"{sum(counted.values())} intruder directions among the first {TOP} of {len(counted)} modules"
-                + (f", in {len(some)} of them: {_some(some)}" if some else "")
+                + (f", in {len(intruded)} of them: {some(intruded)}" if intruded else "")
             )
         for tensor in self.carried:
             added = f", {tensor.added_rows:,} added" if tensor.added_rows else ""
             changed = f"{tensor.changed_rows:,} of {tensor.rows:,} rows changed{added}"
             found = "equal to the base: can be dropped" if tensor.equal else f"{changed}, the rest equals the base"
             notes.append(f"{tensor.name} ({tensor.size_bytes:,} bytes): {found}")
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.unmatched.items():
-            reasons.setdefault(reason, []).append(name)
-        return [*notes, *(f"not compared with the base, {why}: {_some(names)}" for why, names in reasons.items())]
+        return [*notes, *(f"not compared with the base, {line}" for line in by_reason(self.unmatched))]
 
 
-def _some(names: Sequence[str]) -> str:
+def by_reason(unmatched: Mapping[str, str]) -> list[str]:
+    """A line for each reason, with the names of the modules and tensors."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in unmatched.items():
+        reasons.setdefault(reason, []).append(name)
+    return [f"{reason}: {some(names)}" for reason, names in reasons.items()]
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + rest
 
@@ -164,11 +170,7 @@ def compare(
     """
     facts, unmatched = base.facts, dict[str, str]()
     keys = {name: _key(name, _spellings(name), facts, unmatched) for name in adapter.modules}
-    carried = {
-        name: _key(name, _carried_spellings(name, facts), facts, unmatched)
-        for name, extra in adapter.extras.items()
-        if extra.kind not in ("lora bias", "trainable tokens")  # no tensor of the base has their meaning
-    }
+    carried = carried_keys(adapter, facts, unmatched)
     step = _steps([key for key in (*keys.values(), *carried.values()) if key], facts, progress)
     figures: dict[str, BaseFigures] = {}
     for batch in adapter.batches():
@@ -183,18 +185,50 @@ def compare(
                 unmatched[module.name] = found
             else:
                 figures[module.name] = found
-    tensors = []
-    for name, carried_key in carried.items():
-        if carried_key:
-            tensor = _carried(adapter, adapter.extras[name], carried_key, base)
-            step(carried_key)
-            if isinstance(tensor, str):
-                unmatched[name] = tensor
-            else:
-                tensors.append(tensor)
+    tensors = _all_carried(adapter, carried, base, unmatched, step)
     W = math.hypot(*(found.base_norm for found in figures.values()))
     dW = math.hypot(*(norms[name] for name in figures))
     return figures, BaseComparison(base.name, dW / W if W else None, tensors, unmatched)
+
+
+def compare_carried(adapter: Adapter, base: Weights) -> tuple[list[Carried], dict[str, str]]:
+    """The tensors that the adapter carries along beside the base model's, and why others were not compared."""
+    unmatched = dict[str, str]()
+    keys = carried_keys(adapter, base.facts, unmatched)
+    return _all_carried(adapter, keys, base, unmatched, lambda _: None), unmatched
+
+
+def carried_keys(adapter: Adapter, facts: Facts, unmatched: dict[str, str]) -> dict[str, str | None]:
+    """Carried tensor -> its key in the base model, None where it has none of that meaning; the reason is noted."""
+    return {
+        name: base_key(name, name, facts, unmatched)
+        for name, extra in adapter.extras.items()
+        if extra.kind not in ("lora bias", "trainable tokens")  # no tensor of the base has their meaning
+    }
+
+
+def base_key(tensor: str, name: str, facts: Facts, unmatched: dict[str, str]) -> str | None:
+    """The key in the base model of a tensor that the model calls `name`; None where there is none, with the reason."""
+    return _key(tensor, _carried_spellings(name, facts), facts, unmatched)
+
+
+def _all_carried(
+    adapter: Adapter,
+    keys: Mapping[str, str | None],
+    base: Weights,
+    unmatched: dict[str, str],
+    step: Callable[[str], None],
+) -> list[Carried]:
+    found = []
+    for name, key in keys.items():
+        if key:
+            tensor = _carried(adapter, adapter.extras[name], key, base)
+            step(key)
+            if isinstance(tensor, str):
+                unmatched[name] = tensor
+            else:
+                found.append(tensor)
+    return found
 
 
 def _steps(keys: Sequence[str], facts: Facts, progress: Progress | None) -> Callable[[str], None]:
@@ -228,10 +262,16 @@ def _spellings(name: str) -> list[str]:
     return [f"{path}{end}" for path in paths for end in (".weight", ".in_proj_weight", "")]
 
 
-def _carried_spellings(name: str, facts: Facts) -> list[str]:
-    path = name.removeprefix("base_model.model.")
+def carried_name(name: str) -> str:
+    """What the model calls a carried tensor, without PEFT's prefix and wrappers."""
+    name = name.removeprefix("base_model.model.")
     for wrapper in _WRAPPERS:
-        path = path.replace(wrapper, "")
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _carried_spellings(name: str, facts: Facts) -> list[str]:
+    path = carried_name(name)
     found = [path, path.removeprefix("model."), f"model.{path}"]
     if path.endswith(_HEADS):  # files of a model leave out a head that is tied to the embedding
         tied = [key for key in facts if key.endswith(_EMBEDDINGS)]

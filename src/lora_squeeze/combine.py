@@ -82,6 +82,21 @@ def merge(
         >>> merge([style, subject], [0.7, 0.5], rank=16).save("both")  # doctest: +SKIP
     """
     _check(adapters, method, density, extras_from)
+    whole = summed(adapters, weights, base=base, method=method, density=density, extras_from=extras_from, seed=seed)
+    return _squeezed(whole, method, seed, dials)
+
+
+def summed(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | ByModule | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    method: str = "sum",
+    density: float | None = None,
+    extras_from: int | None = None,
+    seed: int = 0,
+) -> Adapter:
+    """The sum of `merge` before its squeeze: factors side by side, at the sum of the ranks. Arguments as there."""
     formats = [adapter.format for adapter in adapters]
     adapters = [in_format(adapter, formats[0].name, base) for adapter in adapters]
     names = list(dict.fromkeys(name for adapter in adapters for name in adapter.modules))
@@ -104,7 +119,7 @@ def merge(
     if density is not None:
         step |= {"density": density, "seed": seed}
         joined = replace(joined, modules={name: _full(m, len(adapters)) for name, m in joined.modules.items()})
-    summed = replace(
+    return replace(
         first,
         modules=joined.modules,
         extras=joined.extras,
@@ -117,7 +132,6 @@ def merge(
         companions=first.companions if extras_from is None else adapters[extras_from - 1].companions,
         notes=joined.notes,
     )
-    return _squeezed(summed, method, seed, dials)
 
 
 def subtract(minuend: Adapter, subtrahend: Adapter, **options: Any) -> Adapter:
@@ -232,17 +246,16 @@ def _check_settings(adapters: Sequence[Adapter]) -> None:
             )
 
 
-def _squeezed(summed: Adapter, method: str, seed: int, dials: Mapping[str, Any]) -> Adapter:
+def _squeezed(whole: Adapter, method: str, seed: int, dials: Mapping[str, Any]) -> Adapter:
     """The sum at the size that the dials say; without a rule, whole."""
     given = {name: value for name, value in dials.items() if value is not None}
     if "method" in given:  # of the truncation: it is exact here
         raise LoraSqueezeError("method is that of the merge; the truncation is always exact")
     if any(name in given for name in (*RULES, "max_rank", "plan")):
-        return summed.squeeze(**given, seed=seed)
+        return whole.squeeze(**given, seed=seed)
     if method != "sum":
         raise LoraSqueezeError(f"{method} makes updates of full rank: say how small, such as rank=16 (--rank 16)")
-    whole = summed.squeeze(**given, rank=summed.rank, seed=seed)
-    return replace(whole, history=summed.history)
+    return replace(whole.squeeze(**given, rank=whole.rank, seed=seed), history=whole.history)
 
 
 def _full(module: Module, count: int) -> Module:

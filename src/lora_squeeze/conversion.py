@@ -7,17 +7,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_squeeze.adapter import Adapter
+from lora_squeeze.base_model import open_base
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats import peft_exclusion
 from lora_squeeze.formats.component import of_component
+from lora_squeeze.formats.extras import without_equal, without_extras
 from lora_squeeze.formats.guarded import Guarded
 from lora_squeeze.formats.peft import PeftFormat
 from lora_squeeze.ranks import RULES
 
-_BARE = {"bias": "none", "lora_bias": False, "modules_to_save": None, "trainable_token_indices": None}  # of PEFT
 FORMATS = ("peft", "diffusers", "kohya", "gguf", "mlx")
 
 
@@ -29,7 +30,7 @@ def convert(
     component: str | None = None,
     architecture: str | None = None,
     exclude: str | Sequence[str] | None = None,
-    extras: bool = True,
+    extras: bool | Literal["changed"] = True,
     **dials: Any,
 ) -> Adapter:
     """The same updates as a plain LoRA in another format, squeezed by any dial.
@@ -46,7 +47,8 @@ def convert(
             adapter is of one model.
         architecture: of kohya's names, such as "sdxl"; default found from the names.
         exclude: a regular expression, or several, of modules to leave out; each must match a whole name.
-        extras: False leaves out the tensors beside the factors: trained embeddings, heads and biases.
+        extras: False leaves out the tensors beside the factors: trained embeddings, heads and biases. "changed" leaves
+            out those that the base model has too, number for number, which are read in it.
         dials: any of `lora_squeeze.squeeze`, such as rank=16 or size="10MB". Without one the rank stays.
 
     Returns:
@@ -66,7 +68,7 @@ def convert(
     if to not in FORMATS:
         raise LoraSqueezeError(f"unknown format {to!r}: choose one of {', '.join(FORMATS)}")
     before = adapter.format.name
-    adapter = _without(adapter, exclude, extras, to)
+    adapter = _without(_bare(adapter, extras, base), exclude, to)
     adapter = in_format(adapter, to, base, component, architecture)
     if before == to == "peft" and base is not None:
         adapter = replace(adapter, config={**adapter.config, "base_model_name_or_path": str(base)})
@@ -90,8 +92,17 @@ def convert(
     return replace(whole, history=adapter.history)
 
 
-def _without(adapter: Adapter, exclude: str | Sequence[str] | None, extras: bool, to: str) -> Adapter:
-    """The adapter without the modules that match, and without the tensors beside the factors."""
+def _bare(adapter: Adapter, extras: bool | Literal["changed"], base: str | os.PathLike[str] | None) -> Adapter:
+    """The adapter without the tensors beside the factors, or without those of the base model."""
+    if extras != "changed":
+        return adapter if extras else without_extras(adapter)
+    if base is None:
+        raise LoraSqueezeError("which tensors are the base model's, only that tells: name it with base= (--base)")
+    return without_equal(adapter, open_base(base))
+
+
+def _without(adapter: Adapter, exclude: str | Sequence[str] | None, to: str) -> Adapter:
+    """The adapter without the modules that match."""
     patterns = [exclude] if isinstance(exclude, str) else list(exclude or ())
     try:
         compiled = [re.compile(pattern) for pattern in patterns]
@@ -105,10 +116,6 @@ def _without(adapter: Adapter, exclude: str | Sequence[str] | None, extras: bool
         )
     if len(out) == len(adapter.modules):
         raise LoraSqueezeError("exclude leaves no module to convert")
-    told = _told(adapter, out, extras)
-    if not extras:
-        bare = isinstance(adapter.format, PeftFormat) and adapter.extras
-        adapter = replace(adapter, extras={}, config={**adapter.config, **_BARE} if bare else adapter.config)
     if out and to == "peft" and isinstance(adapter.format, PeftFormat):
         adapter = peft_exclusion.without(adapter, out)
     elif out:
@@ -118,16 +125,7 @@ def _without(adapter: Adapter, exclude: str | Sequence[str] | None, extras: bool
             extras={key: extra for key, extra in adapter.extras.items() if extra.module not in out},
             dropped=(*adapter.dropped, *sorted(out)),
         )
-    return replace(adapter, notes=(*adapter.notes, *told))
-
-
-def _told(adapter: Adapter, out: set[str], extras: bool) -> list[str]:
-    notes = [f"{len(out)} modules are left out as asked"] if out else []
-    if adapter.extras and not extras:
-        notes.append(
-            f"{len(adapter.extras)} tensors beside the factors are left out as asked ({next(iter(adapter.extras))})"
-        )
-    return notes
+    return replace(adapter, notes=(*adapter.notes, f"{len(out)} modules are left out as asked")) if out else adapter
 
 
 def in_format(
@@ -190,7 +188,6 @@ def _adopted(
 
 
 def _from_gguf(adapter: Adapter, base: str | os.PathLike[str] | None) -> Adapter:
-    from lora_squeeze.base_model import open_base
     from lora_squeeze.formats import gguf_names, to_gguf
 
     if base is None or Path(base).expanduser().is_file():

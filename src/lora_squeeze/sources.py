@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.base_model import open_base
-from lora_squeeze.combine import subtract
+from lora_squeeze.combine import subtract, summed
 from lora_squeeze.combine_pair import load_pair
+from lora_squeeze.conversion import in_format
+from lora_squeeze.data_aware import TIED
 from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.formats.dense_keys import is_vocabulary
 from lora_squeeze.formats.dense_parts import Vocabulary
 from lora_squeeze.formats.peft_config import CONFIG_NAME, check_kind, read_json
 from lora_squeeze.hub import load, locate
@@ -44,7 +48,8 @@ def open_source(
         rank: the largest rank that will be asked of a fine-tuned model. More directions than that are looked for, at
             least 128; bounds of energy and error find no rank beyond.
         vocabulary: of a fine-tuned model, what becomes of changed embeddings and output heads: "leave" them as in the
-            base (default), "lora" makes them modules, "carry" keeps the whole tensors.
+            base (default), "lora" makes them modules, "carry" keeps the whole tensors. Of an adapter that carries
+            such layers whole: "carry" (default), or "lora", with the base model.
         carry: of a fine-tuned model, keep what no LoRA holds, changed norms and biases, as whole tensors.
         subfolder, revision: of the source, as for `lora_squeeze.load`.
 
@@ -59,16 +64,19 @@ def open_source(
     path = Path(source).expanduser()
     if path.is_dir() and not subfolder and (path / _MODEL_CONFIG).is_file() and not (path / CONFIG_NAME).exists():
         return _extracted(path, base, rank, vocabulary or "leave", carry)
-    if vocabulary is not None or carry:
+    if vocabulary == "leave" or carry:
         raise LoraSqueezeError(
-            f"{source} is no fine-tuned model: vocabulary and carry (--vocabulary, --carry) are for these"
+            f"{source} is no fine-tuned model: vocabulary 'leave' and carry (--carry) are for these; what an adapter "
+            "carries is left out by --without-extras"
         )
     place = locate(source, subfolder=subfolder, revision=revision)
     if place.is_dir() and _is_other_method(place):
         from lora_squeeze.formats import peft_methods
 
-        return peft_methods.load(place, base=_opened(base))
-    return load(place)
+        adapter = peft_methods.load(place, base=_opened(base))
+    else:
+        adapter = load(place)
+    return adapter if vocabulary != "lora" else _with_layers(adapter, base, rank)
 
 
 def _is_other_method(folder: Path) -> bool:
@@ -90,6 +98,33 @@ def _opened(base: str | os.PathLike[str] | None) -> BaseModel | None:
     return None if base is None or Path(base).expanduser().is_file() else open_base(base)
 
 
+def _with_layers(adapter: Adapter, base: str | os.PathLike[str] | None, rank: int | None) -> Adapter:
+    """The adapter with modules in the place of layers that it carries whole."""
+    from lora_squeeze.formats import dense_carried
+
+    if base is None:
+        raise LoraSqueezeError(
+            "how the layers that the adapter carries differ from the base model's, only that tells: name it with "
+            "base= (--base)"
+        )
+    bare, layers = dense_carried.split(adapter, open_base(base), _looked_for(rank))
+    if layers is None:
+        return bare
+    both = [bare, in_format(layers, bare.format.name)]
+    tied = any(module.group == TIED for module in layers.modules.values())
+    if bare.config.get("ensure_weight_tying") or (tied and not any(map(is_vocabulary, bare.modules))):
+        both = [replace(part, config={**part.config, "ensure_weight_tying": True}) for part in both]
+    whole = summed(both, extras_from=1)
+    return replace(whole, notes=(*bare.notes, *whole.notes), history=(*bare.history, {"step": "layers to modules"}))
+
+
+def _looked_for(rank: int | None) -> int:
+    """Directions of a whole matrix, beyond what is kept, for its accuracy."""
+    from lora_squeeze.formats import dense
+
+    return max(dense.MAX_RANK, (rank or 0) * 5 // 4)
+
+
 def _extracted(
     tuned: Path, base: str | os.PathLike[str] | None, rank: int | None, vocabulary: Vocabulary, carry: bool
 ) -> Adapter:
@@ -101,5 +136,4 @@ def _extracted(
             f"{tuned} is a whole model, no adapter: name the model that it was tuned from with base= (--base), and the "
             "difference is extracted"
         )
-    looked_for = max(dense.MAX_RANK, (rank or 0) * 5 // 4)  # beyond what is kept, for its accuracy
-    return dense.extract(tuned, base, max_rank=looked_for, vocabulary=vocabulary, carry=carry)
+    return dense.extract(tuned, base, max_rank=_looked_for(rank), vocabulary=vocabulary, carry=carry)

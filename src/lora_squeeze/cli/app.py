@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -254,15 +255,13 @@ app.command("methods")(methods_command)
 def _to_drop(source: Adapter, report: Report) -> list[str]:
     """How to write the adapter without tensors that the base model has too."""
     equal = sum(tensor.equal for tensor in report.base.carried) if report.base else 0
-    if not equal:
+    if report.base is None or not equal:
         return []
-    call = f"lora-squeeze convert ADAPTER --to {report.format} --without-extras -o OUT"
-    if equal == len(source.extras):
-        return [f"all that it carries is in the base: {call} writes it without"]
-    return [
-        f"{equal} of the {len(source.extras)} tensors that it carries are in the base: leave their layers out where "
-        f"the adapter is saved; {call} leaves out all of them, the changed ones too"
-    ]
+    every = equal == len(source.extras)
+    which = "all" if every else f"{equal} of the {len(source.extras)} tensors"
+    options = "--without-extras" if every else f"--without-equal --base {shlex.quote(report.base.model)}"
+    call = f"lora-squeeze convert ADAPTER --to {report.format} {options} -o OUT"
+    return [f"{which} that it carries {'is' if every else 'are'} in the base: {call} writes it without"]
 
 
 def _refuse_no_op(source: Adapter, result: Adapter, alpha: str) -> None:

@@ -42,6 +42,10 @@ def convert(
         bool,
         typer.Option("--without-extras", help="Leave out what is beside the factors: embeddings, heads, biases."),
     ] = False,
+    without_equal: Annotated[
+        bool,
+        typer.Option("--without-equal", help="Leave out those of them that --base has too, number for number."),
+    ] = False,
     method: options.Method = "gram",
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -62,6 +66,8 @@ def convert(
         raise typer.BadParameter("give an output with -o, or --dry-run", param_hint="--output")
     if vocabulary not in (None, "leave", "lora", "carry"):
         raise typer.BadParameter("choose one of leave, lora, carry", param_hint="--vocabulary")
+    if without_extras and without_equal:
+        raise typer.BadParameter("--without-extras leaves out these too; choose one", param_hint="--without-equal")
     adapter = open_source(
         source, base=base, initial=initial, rank=rank or max_rank, carry=carry,
         vocabulary=vocabulary,  # type: ignore[arg-type]  # checked above
@@ -70,9 +76,9 @@ def convert(
     with show.progress("measuring") as progress:
         result = converted(
             adapter, to, base=base, component=component, architecture=architecture, exclude=exclude,
-            extras=not without_extras, rank=rank, energy=energy, error=error, size=size, params=params,
-            allocate=allocate, min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of,
-            ranks=options.rank_list(ranks), same_rank_per=same_rank_per, method=method,
+            extras="changed" if without_equal else not without_extras, rank=rank, energy=energy, error=error,
+            size=size, params=params, allocate=allocate, min_rank=min_rank, max_rank=max_rank,
+            multiple_of=multiple_of, ranks=options.rank_list(ranks), same_rank_per=same_rank_per, method=method,
             dtype=options.parse_dtype(dtype), device=device, seed=seed, progress=progress,
         )  # fmt: skip
     target = None if dry_run else output

@@ -111,6 +111,7 @@ def train(
     targets: Annotated[str | None, _option("targets")] = None,
     allocate: Annotated[str | None, _option("allocate")] = None,
     squeezes: Annotated[int | None, _option("squeezes")] = None,
+    stage_steps: Annotated[str | None, _option("stage_steps")] = None,
     last_steps: Annotated[int | None, _option("last_steps")] = None,
     energy: Annotated[float | None, _option("energy")] = None,
     data_aware: Annotated[bool | None, _option("data_aware", "--data-aware")] = None,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_squeeze.adapter import Adapter, Module, Progress
+from lora_squeeze.base_figures import Weights
 from lora_squeeze.base_model import BaseModel, open_base
 from lora_squeeze.data_aware import TIED
 from lora_squeeze.errors import LoraSqueezeError
@@ -81,12 +82,12 @@ def extract(
             f"nothing to extract: no layer that a LoRA could hold differs between {mine.name} and {theirs.name}"
             + "".join(f"; {note}" for note in parts.told())
         )
-    modules = {path: _module(path, layout, mine, theirs, max_rank) for path, layout in parts.modules.items()}
+    modules = {path: module_of(path, layout, mine, max_rank) for path, layout in parts.modules.items()}
     config: dict[str, Any] = {"base_model_name_or_path": theirs.name}
     if any(layout.layer.turned and layout.layer.kind == "linear" for layout in parts.modules.values()):
         config["fan_in_fan_out"] = True
-    if _ties(mine, theirs):
-        if tied := _tied(modules):
+    if ties(mine, theirs):
+        if tied := tied_modules(modules):
             modules |= tied
             config["ensure_weight_tying"] = True
         _carry_head(parts)
@@ -110,7 +111,8 @@ def _pattern(option: str, text: str | None) -> re.Pattern[str] | None:
         raise LoraSqueezeError(f"{option} {text!r} is no regular expression: {error}") from None
 
 
-def _module(path: str, layout: Layout, tuned: BaseModel, base: BaseModel, max_rank: int | None) -> Module:
+def module_of(path: str, layout: Layout, tuned: Weights, max_rank: int | None) -> Module:
+    """The module that one layer's difference is."""
     layer = layout.layer
     whole = min(layer.out_features, layer.in_features)
     numbers = layer.out_features * layer.in_features
@@ -132,7 +134,7 @@ def _module(path: str, layout: Layout, tuned: BaseModel, base: BaseModel, max_ra
     )
 
 
-def _ties(tuned: BaseModel, base: BaseModel) -> bool:
+def ties(tuned: BaseModel, base: BaseModel) -> bool:
     """Whether the head is the embedding: the model generates, the files have no head, no configuration unties it."""
     heads = [key for model in (tuned, base) for key in model.facts if HEADS & set(key.split("."))]
     settings = _settings(base) or _settings(tuned)
@@ -140,7 +142,7 @@ def _ties(tuned: BaseModel, base: BaseModel) -> bool:
     return not heads and generates and settings.get("tie_word_embeddings") is not False
 
 
-def _tied(modules: Mapping[str, Module]) -> dict[str, Module]:
+def tied_modules(modules: Mapping[str, Module]) -> dict[str, Module]:
     """The embedding and the head that is tied to it, where the embedding is a module.
 
     The files have one tensor for both, the adapter needs two modules: they share their factors, and keep one rank.
@@ -192,8 +194,8 @@ class DenseSource:
         parts: what was found in them.
     """
 
-    tuned: BaseModel
-    base: BaseModel
+    tuned: Weights
+    base: Weights
     seed: int
     whole: bool
     parts: Parts

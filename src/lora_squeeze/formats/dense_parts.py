@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from lora_squeeze.adapter import Extra, Progress
+from lora_squeeze.base_figures import some
 from lora_squeeze.base_model import BaseModel
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.dense_difference import Difference, compare
@@ -91,7 +92,7 @@ class Parts:
 
     def told(self) -> tuple[str, ...]:
         """The notes, one line each."""
-        return tuple(f"{_some(names)}: {reason}" if names else reason for reason, names in self.notes.items())
+        return tuple(f"{some(names)}: {reason}" if names else reason for reason, names in self.notes.items())
 
 
 def sort(tuned: BaseModel, base: BaseModel, wanted: Wanted, progress: Progress | None) -> Parts:
@@ -194,7 +195,3 @@ def _carry(name: str, why: str, tuned: BaseModel, base: BaseModel, pairing: Pair
             if key in tuned.facts:
                 parts.extras[each] = Extra(each, *tuned.facts[key], "module to save", _CAUSE[why])
                 parts.origins[each] = (key, None)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -11,7 +11,7 @@ from lora_squeeze.formats.safetensors_header import quoted
 
 NESTED = ".base_layer"
 TIED_HEADS = frozenset({"lm_head", "embed_out", "output_projection"})
-_MAX_PARTS = 32  # of a name in modules_to_save
+_MAX_PARTS, _MAX_ENDING = 32, 256  # of a name in modules_to_save; letters of a part that others may end with
 
 
 class Targets:
@@ -52,26 +52,32 @@ def _ends(path: str) -> list[str]:
 
 
 class Saved:
-    """What modules_to_save lists."""
+    """What modules_to_save lists: each name is that of all modules whose path ends with it, "norm" of "layernorm" too.
+
+    Names of more than 32 parts, and first parts of more than 256 letters but for whole ones, are not looked for.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._parts: dict[str, Any] = {}  # first part -> second part -> ... -> "." where a name ends
+        # last part -> the one before -> ... -> ".": length -> first parts of that length, 0 for the long ones
+        self._parts: dict[str, Any] = {}
         for name in names:
+            first, *rest = name.split(".")
             inner = self._parts
-            for part in name.split("."):
+            for part in reversed(rest):
                 inner = inner.setdefault(part, {})
-            inner["."] = {}
+            length = len(first) if len(first) <= _MAX_ENDING else 0
+            inner.setdefault(".", {}).setdefault(length, set()).add(first)
         self.cause = f"modules_to_save lists {quoted(', '.join(names))[1:-1]}: trained in full"
 
     def holds(self, name: str) -> bool:
-        """Whether the tensor belongs to one of them: some parts of its name that follow one another are theirs."""
+        """Whether the module, or the tensor in one, belongs to them."""
         parts = name.split(".")
-        for start in range(len(parts)):
+        for end in range(1, len(parts) + 1):
             inner = self._parts
-            for part in parts[start : start + _MAX_PARTS]:
-                inner = inner.get(part, {})
-                if not inner:
-                    break
-                if "." in inner:
+            for part in reversed(parts[max(0, end - _MAX_PARTS) : end]):
+                if any(part[-length:] in firsts for length, firsts in inner.get(".", {}).items()):
                     return True
+                if part not in inner:
+                    break
+                inner = inner[part]
         return False

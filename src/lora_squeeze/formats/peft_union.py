@@ -19,6 +19,7 @@ from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.formats.peft import factor_shapes
 from lora_squeeze.formats.peft_config import squeezed_config
 from lora_squeeze.formats.peft_keys import DECLARED, NESTED, PREFIX, Shapes, parse
+from lora_squeeze.formats.peft_targets import Saved
 
 _TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _MUST_AGREE = {
@@ -149,10 +150,9 @@ def _check_saved(
 ) -> None:
     """Refuse a module that one adapter updates and another trains in full: PEFT leaves its update out."""
     for saved in config["modules_to_save"] or []:
+        named = Saved([saved])
         for name, module in modules.items():
-            if re.search(rf"(^|\.){re.escape(saved)}(\.|$)", module.layout.path) and not all(
-                name in adapters[i].modules for i in joined.carriers
-            ):
+            if named.holds(module.layout.path) and not all(name in adapters[i].modules for i in joined.carriers):
                 raise LoraSqueezeError(
                     f"{name}: one adapter has an update of it, another was trained with the whole of it in "
                     f"modules_to_save ({saved}): one adapter cannot hold both; take the carried tensors of the first "

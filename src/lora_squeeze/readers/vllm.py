@@ -12,6 +12,7 @@ from lora_squeeze.readers.peft import broken, lora_ga, unread
 from lora_squeeze.readers.rule import (
     AGAIN,
     FOLD,
+    LAYERS,
     MERGE,
     SUBTRACT,
     UNDORA,
@@ -170,7 +171,7 @@ VLLM = Reader(
             "modules_to_save has {names}: only classifier and score are supported",
             f"{_HELPER}._validate_features",
             _saved,
-            MERGE,
+            LAYERS,
         ),
         *(
             Rule(
@@ -232,7 +233,7 @@ VLLM = Reader(
             "whole embeddings in the file are passed over: the base model's are used",
             "vLLM 0.32.0: lora/utils.py, is_base_embedding_weights",
             some(lambda facts: [key for key in facts.shapes if key.endswith(_WHOLE_EMBEDDINGS)]),
-            MERGE,
+            LAYERS,
         ),
         *unread("vllm", ("arrow_config", "kasa_config", "monteclora_config", "velora_config"), f"{_HELPER}.from_dict"),
         lora_ga("vllm"),

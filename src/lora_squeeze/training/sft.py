@@ -193,6 +193,8 @@ def _callback(settings: TrainSettings, steps: int) -> Any:
 
     mode = settings.mode or "in"
     schedule = {name: getattr(settings, name) for name in settings.changed(("squeezes", "last_steps", "energy"))}
+    if mode == "in":
+        schedule["steps"] = settings.stage_steps
     callback = SqueezeCallback(
         settings.rank,
         mode=mode,

@@ -10,22 +10,24 @@ from typing import Any
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.methods.catalogue import rate_factor
 from lora_squeeze.ranks import TOGETHER
-from lora_squeeze.schedule import LEARNING_RATES, MODES
+from lora_squeeze.schedule import LEARNING_RATES, WEIGHTS
 
 SOURCE_RANK = 64
 LEARNING_RATE = 2e-4  # of a LoRA
 # Options that mean nothing for an adapter that is squeezed at once, and nothing without a teacher.
 _OF_NEW = (
-    "source_rank", "mode", "alpha", "targets", "squeezes", "last_steps", "energy", "data_aware", "optimizer_state",
-    "learning_rate_policy", "method", "method_options",
+    "source_rank", "mode", "alpha", "targets", "squeezes", "stage_steps", "last_steps", "energy", "data_aware",
+    "optimizer_state", "learning_rate_policy", "method", "method_options",
 )  # fmt: skip
 # Options of a squeeze while training, which another method than LoRA has no use for.
 _OF_SQUEEZES = (
-    "mode", "squeezes", "last_steps", "energy", "data_aware", "optimizer_state", "learning_rate_policy", "allocate",
-    "distill",
+    "mode", "squeezes", "stage_steps", "last_steps", "energy", "data_aware", "optimizer_state",
+    "learning_rate_policy", "allocate", "distill",
 )  # fmt: skip
 _OF_TEACHER = ("temperature", "generate")
-_OF_MODES = {"adaptive": ("energy",), **MODES}
+_OF_MODES = {
+    "post": (), "cont": ("last_steps",), "in": ("squeezes", "stage_steps", "last_steps"), "adaptive": ("energy",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class TrainSettings:
         allocate: "uniform" gives all modules one rank, "global" spends the same parameters where they keep the most
             energy. Default uniform, and global for the mode adaptive.
         squeezes: number of squeezes of the mode in; default one per halving of the rank.
+        stage_steps: how the ranks of the mode in share the steps: "proportional" to the rank (default), to its square
+            root, "sqrt", to its "inverse", or "equal"; at least 5 % each.
         last_steps: steps at the target rank, for the modes in and cont.
         energy: share of the energy that a squeeze of the mode adaptive must keep.
         data_aware: truncate in the metric of the data, collected while training.
@@ -119,6 +123,7 @@ class TrainSettings:
     targets: str = "all-linear"
     allocate: str | None = None
     squeezes: int | None = None
+    stage_steps: str = "proportional"
     last_steps: int | None = None
     energy: float | None = None
     data_aware: bool = False
@@ -146,7 +151,7 @@ class TrainSettings:
             raise LoraSqueezeError(f"seed and save_steps must be at least 0, got {self.seed} and {self.save_steps}")
         words = {
             "dtype": ("float32", "bfloat16"), "allocate": TOGETHER, "optimizer_state": ("transport", "reset"),
-            "learning_rate_policy": LEARNING_RATES,
+            "learning_rate_policy": LEARNING_RATES, "stage_steps": tuple(WEIGHTS),
         }  # fmt: skip
         for name, choices in words.items():
             if (word := getattr(self, name)) is not None and word not in choices:
@@ -170,7 +175,7 @@ class TrainSettings:
             raise LoraSqueezeError("method_options are those of a method: name it with method, or leave them out")
         if self.method is not None and (named := self.changed(_OF_SQUEEZES)):
             raise LoraSqueezeError(f"{named[0]} is of training a LoRA; with method {self.method} leave it out")
-        for name in self.changed(("squeezes", "last_steps", "energy")):
+        for name in self.changed(("squeezes", "stage_steps", "last_steps", "energy")):
             mode, modes = self.mode or "in", [mode for mode, options in _OF_MODES.items() if name in options]
             if mode in _OF_MODES and mode not in modes:
                 raise LoraSqueezeError(

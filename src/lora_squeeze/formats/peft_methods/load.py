@@ -24,6 +24,7 @@ from lora_squeeze.formats.peft_methods import identities, variants, with_base
 from lora_squeeze.formats.peft_methods.base_weights import Base, weight
 from lora_squeeze.formats.peft_methods.parts import Checked, Computed, MethodFormat, Parts, told
 from lora_squeeze.formats.peft_methods.table import Row, row_of
+from lora_squeeze.formats.peft_targets import Saved
 from lora_squeeze.formats.safetensors_header import quoted
 from lora_squeeze.formats.safetensors_io import TensorFile
 
@@ -228,20 +229,20 @@ def _carried(
 ) -> tuple[dict[str, Module], dict[str, Extra]]:
     """The tensors beside the method's, and the modules, those with such a tensor inside kept at rank 1 at least."""
     keys = [key for key in shapes if not _is_own(key, row)]
-    extras = {key: _extra(key, shapes, config) for key in keys}
+    saved = Saved(config.get("modules_to_save") or [])
+    extras = {key: _extra(key, shapes, config, saved) for key in keys}
     inside = {key.removeprefix(PREFIX).rpartition(f"{NESTED}.")[0] for key in keys}
     kept = {name: replace(m, floor=max(m.floor, int(name in inside))) for name, m in modules.items()}
     return kept, extras
 
 
-def _extra(key: str, shapes: Shapes, config: Mapping[str, Any]) -> Extra:
+def _extra(key: str, shapes: Shapes, config: Mapping[str, Any], saved: Saved) -> Extra:
     dtype, shape = shapes[key]
     bare = key.removeprefix(PREFIX)
-    saved = [name for name in config.get("modules_to_save") or [] if re.search(rf"(^|\.){re.escape(name)}\.", bare)]
     if "trainable_tokens" in bare:
         return Extra(key, dtype, shape, "trainable tokens", "rows of the embedding for trainable_token_indices")
-    if saved:
-        return Extra(key, dtype, shape, "module to save", f"modules_to_save lists {quoted(saved[0])}: trained in full")
+    if saved.holds(bare):
+        return Extra(key, dtype, shape, "module to save", saved.cause)
     if bare.endswith(".bias"):
         return Extra(key, dtype, shape, "bias", f"bias is {quoted(str(config.get('bias')))}: biases are saved in full")
     if bare.endswith(".weight"):
