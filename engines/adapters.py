@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 import lora_squeeze
+from lora_squeeze.base_model import open_base
 from lora_squeeze.demo.model import find_model, load_model, user_cache
 from lora_squeeze.demo.settings import QUICK, Settings
 from lora_squeeze.demo.source import SOURCE, is_trained, save_source
@@ -25,6 +26,8 @@ from lora_squeeze.demo.train import attach_lora, train
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ALPHAS = {"q_proj": 32, "down_proj": 512}  # beside the source's 128 for the rest
 Recipe = Callable[[Mapping[str, Path], Path], None]
+_EMBEDDING = "model.embed_tokens.weight"
+_ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 _FREE = ("The capital of France is", "Once upon a time there was a")
 
 
@@ -114,6 +117,19 @@ def without_patterns(adapter: Path, folder: Path) -> Path:
     """The same folder without `rank_pattern` and `alpha_pattern`: what a reader sees that does not know them."""
     shutil.copytree(adapter, folder)
     change(folder, rank_pattern={}, alpha_pattern={})
+    return folder
+
+
+def with_tokens(adapter: Path, base: Path, tokens: list[int], folder: Path) -> Path:
+    """The same folder with rows of its own for some tokens, as PEFT saves them for `trainable_token_indices`."""
+    shutil.copytree(adapter, folder)
+    model = open_base(base)
+    rows = torch.cat(list(model.pieces(_EMBEDDING))).reshape(model.facts[_EMBEDDING][1])[tokens].float()
+    noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)) * rows.std()
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    tensors[_ROWS] = rows + noise
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    change(folder, trainable_token_indices=tokens)
     return folder
 
 

@@ -16,10 +16,12 @@ from vllm_server import Server, serving, start_options
 from worker import run
 
 import lora_squeeze
+from lora_squeeze.conversion import convert
 from lora_squeeze.demo.model import ModelFolder
 from lora_squeeze.fleet.members import Shape
 from lora_squeeze.fleet.memory import slot_parameters, targets
 from lora_squeeze.servers import server_of
+from lora_squeeze.sources import open_source
 
 TOKENS = 16
 LIMIT, SMALL_LIMIT = 64, 8
@@ -140,6 +142,24 @@ def test_a_rank_above_the_limit_is_refused_until_it_is_squeezed(
         assert lora_squeeze.check(tmp_path / "small", "vllm", max_rank=SMALL_LIMIT)[0].read_as_meant
         assert server.load("small", tmp_path / "small") is None
         reference.check(tmp_path / "small", PROMPTS, ask(server, "small"), TOKENS)
+
+
+def test_trained_tokens_answer_as_in_peft_once_they_are_modules(
+    python: Path, base: ModelFolder, made: dict[str, Path], reference: Reference, tmp_path: Path
+) -> None:
+    """The head too, which is tied to the embedding: PEFT trains the rows of both."""
+    tokens = sorted({token for prompt in PROMPTS for token in reference.prompt(prompt)})[::7][:SMALL_LIMIT]
+    trained = adapters.with_tokens(made["rank-8"], base.path, tokens, tmp_path / "trained")
+    assert not lora_squeeze.check(trained, "vllm")[0].read_as_meant
+    adapter = open_source(trained, base=base.path, vocabulary="lora")
+    convert(adapter, "peft", rank=SMALL_LIMIT).save(tmp_path / "modules")
+    found = lora_squeeze.load(tmp_path / "modules")
+    assert {"model.embed_tokens", "lm_head"} < found.modules.keys() and found.rank == SMALL_LIMIT
+    with serving(python, base.path, {}, tmp_path / "log.txt", start_options(found, SMALL_LIMIT, slots=1)) as server:
+        assert server.load("trained", trained) is not None
+        assert server.load("modules", tmp_path / "modules") is None
+        reference.check(trained, PROMPTS, ask(server, "modules"), TOKENS)
+        assert reference.compare(made["rank-8"], ask(server, "modules")).apart > FAR
 
 
 def test_the_limits_that_are_said_of_it_are_its_own(python: Path) -> None:
