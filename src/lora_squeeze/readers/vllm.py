@@ -78,7 +78,7 @@ def _init(facts: Facts, asked: Asked) -> Hit | None:
 
 def _unknown_keys(facts: Facts) -> Iterable[str]:
     """Keys that stop it, but for those of which another rule tells more."""
-    told = {*facts.magnitudes, *facts.extras_of("bias", "lora bias", "module to save")}
+    told = {*facts.magnitudes, *facts.extras_of("bias", "lora bias", "module to save", "trainable tokens")}
     return [key for key in facts.shapes if key not in told and not key.endswith((*_FACTORS, *_WHOLE_EMBEDDINGS))]
 
 
@@ -190,6 +190,14 @@ VLLM = Reader(
             )
         ),
         *rank_rules("vllm", "vllm", f"{_HELPER}.validate_legal; config/lora.py, MaxLoRARanks"),
+        Rule(
+            "vllm-tokens",
+            "refused",
+            "rows of trained tokens are not known to it and stop it",
+            _NAMES,
+            some(lambda facts: facts.extras_of("trainable tokens")),
+            LAYERS,
+        ),
         Rule(
             "vllm-keys",
             "refused",
