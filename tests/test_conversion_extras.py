@@ -2,14 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from adapter_cases import PREFIX, plain_config, plain_tensors, write_folder
-from peft import PeftModel
+from peft import LoHaConfig, PeftModel, get_peft_model
 from peft_cases import CASES
-from peft_models import Case, adapted, outputs, read_config, reload, save, seeded, tensors
+from peft_models import Case, adapted, outputs, randomise, read_config, reload, save, seeded, tensors
 
 import lora_squeeze
 from lora_squeeze.conversion import convert
@@ -132,6 +133,34 @@ def test_carried_layers_as_modules_compute_the_same_in_peft(tmp_path: Path, name
 
 def tokens_of(folder: Path) -> dict[str, torch.Tensor]:
     return {key: tensor for key, tensor in tensors(folder).items() if "trainable_tokens" in key}
+
+
+def test_layers_beside_another_method_become_modules_too(tmp_path: Path) -> None:
+    case = CASES["linear"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LoHaConfig(r=2, alpha=3, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        model = get_peft_model(seeded(case.base), config)
+        randomise(model)
+    source, base = save(model.eval(), tmp_path / "in"), written_base(case, tmp_path / "base")
+    adapter = open_source(source, base=base, vocabulary="lora")
+    convert(adapter, "peft", base=base, rank=16).save(tmp_path / "out")
+    wanted = outputs(model.double(), case)
+    torch.testing.assert_close(outputs(reload(case, tmp_path / "out"), case), wanted, rtol=1e-4, atol=1e-5)
+    assert "lm_head" in lora_squeeze.load(tmp_path / "out").modules
+
+
+@pytest.mark.parametrize(
+    ("rows", "indices"), [(3, [1, 2]), (2, [1, 40]), (2, [1, "x"]), (2, {"lm_head": [1, 2]}), (2, None)], ids=str
+)
+def test_rows_of_which_nobody_knows_the_tokens_stay(tmp_path: Path, rows: int, indices: Any) -> None:
+    (tmp_path / "base").mkdir()
+    safetensors.torch.save_file({"embed_tokens.weight": torch.ones(40, 20)}, tmp_path / "base" / "model.safetensors")
+    name = f"{PREFIX}embed_tokens.token_adapter.trainable_tokens_delta"
+    tensors_ = plain_tensors() | {name: torch.zeros(rows, 20)}
+    folder = write_folder(tmp_path / "in", tensors_, plain_config() | {"trainable_token_indices": indices})
+    with pytest.raises(LoraSqueezeError, match="which rows of the base's these are is not known"):
+        open_source(folder, base=tmp_path / "base", vocabulary="lora")
 
 
 def test_what_is_cut_off_a_carried_layer_counts_as_lost(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ LOST = 0.5  # share of unchanged entries above which an update counts as below t
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
-_WRAPPERS = (".base_layer", ".modules_to_save.default", ".modules_to_save", ".original_module")
+_WRAPPERS = (".token_adapter", ".base_layer", ".modules_to_save.default", ".modules_to_save", ".original_module")
 Facts = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 

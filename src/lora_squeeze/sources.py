@@ -60,6 +60,8 @@ def open_source(
         LoraSqueezeError: as `lora_squeeze.load`; a base model that is needed and not given.
     """
     if initial is not None:
+        if vocabulary is not None or carry:
+            raise LoraSqueezeError("vocabulary and carry (--vocabulary, --carry) are not for an adapter and its start")
         return subtract(*load_pair(locate(source, subfolder=subfolder, revision=revision), Path(initial)))
     path = Path(source).expanduser()
     if path.is_dir() and not subfolder and (path / _MODEL_CONFIG).is_file() and not (path / CONFIG_NAME).exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from lora_squeeze.formats.dense_parts import Layout, Parts
 from lora_squeeze.formats.extras import at_once, without
 from lora_squeeze.merging import row_blocks
 
-_TOKENS = ".token_adapter.trainable_tokens_delta"
+_TOKENS = ".trainable_tokens_delta"
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +89,10 @@ def split(adapter: Adapter, base: BaseModel, max_rank: int, *, seed: int = 0) ->
             unmatched[name] = found
         else:
             equal.add(name)
+    paths = Counter(path_of(_name(name)) for name in layouts)
+    for name in [name for name in layouts if paths[path_of(_name(name))] > 1]:
+        del layouts[name]
+        unmatched[name] = "since the file has two changes of this layer"
     leaving = at_once(adapter, equal | layouts.keys())
     unmatched |= {
         name: "its name in modules_to_save stands for tensors that stay"
@@ -114,7 +119,8 @@ def split(adapter: Adapter, base: BaseModel, max_rank: int, *, seed: int = 0) ->
     config: dict[str, Any] = {"base_model_name_or_path": base.name}
     if any(layout.layer.turned and layout.layer.kind == "linear" for layout in changed.values()):
         config["fan_in_fan_out"] = True
-    one = adapter.config.get("ensure_weight_tying") or rows  # PEFT trains tokens in the tied head too
+    # PEFT trains tokens in the tied head too.
+    one = adapter.config.get("ensure_weight_tying") or any(layout.tuned in rows for layout in changed.values())
     if one and ties(base, base) and not HEADS & modules.keys():
         modules |= tied_modules(modules)
     return without(adapter, leaving, *notes), Adapter(
@@ -124,7 +130,8 @@ def split(adapter: Adapter, base: BaseModel, max_rank: int, *, seed: int = 0) ->
 
 def _name(name: str) -> str:
     """What the model calls the weight that a carried tensor is, or whose rows it holds."""
-    return f"{carried_name(name).removesuffix(_TOKENS)}{WEIGHT}" if name.endswith(_TOKENS) else carried_name(name)
+    found = carried_name(name)
+    return f"{found.removesuffix(_TOKENS)}{WEIGHT}" if found.endswith(_TOKENS) else found
 
 
 def _token_rows(
@@ -141,10 +148,10 @@ def _token_rows(
         key = base_key(name, _name(name), facts, unmatched)
         if key is None:
             continue
-        shape = facts[key][1]
-        fits = len(shape) == len(extra.shape) == 2 and shape[1] == extra.shape[1]
-        if len(lists) == 1 and fits and len(lists[0]) == extra.shape[0] and {*lists[0]} <= {*range(shape[0])}:
-            yield name, (key, lists[0])
+        rows, shape = lists[0] if len(lists) == 1 else [], facts[key][1]
+        known = len(shape) == 2 and all(isinstance(row, int) and 0 <= row < shape[0] for row in rows)
+        if known and extra.shape == (len(rows), shape[1]):
+            yield name, (key, rows)
         else:
             unmatched[name] = "which rows of the base's these are is not known"
 

@@ -39,6 +39,8 @@ def without_equal(adapter: Adapter, base: Weights) -> Adapter:
         adapter: of which to leave them out.
         base: the base model's weights, of which those concerned are read once, piece by piece.
     """
+    if not adapter.extras:
+        return adapter
     carried, unmatched = compare_carried(adapter, base)
     equal = at_once(adapter, [tensor.name for tensor in carried if tensor.equal])
     size, stay = sum(adapter.extras[name].size_bytes for name in equal), len(adapter.extras) - len(equal)
