@@ -33,6 +33,6 @@ run vlm --methods "${arms[@]}" --tasks "${two[@]}" picture-parity picture-count 
     picture-difference picture-colour picture-place picture-row
 run vlm --methods "${arms[@]}" --seeds 1 2 --tasks "${two[@]}"
 
-# Two more seeds of four tasks.
-run smollm2 --methods "${arms[@]}" --seeds 1 2 --tasks "${four[@]}"
+# Two more seeds of three tasks.
+run smollm2 --methods "${arms[@]}" --seeds 1 2 --tasks "${four[@]:0:3}"
 exit $failed
