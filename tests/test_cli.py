@@ -194,6 +194,12 @@ def test_inspect_names_the_way_to_leave_out_copies_of_the_base(tmp_path: Path, c
     folder = write_folder(tmp_path / "in", plain_tensors() | carried)
     run = command(tmp_path, "inspect", folder, "--base", tmp_path / "base")
     assert run.out.count("can be dropped") == copies
+    modules = re.search(r"can become modules: (lora-squeeze convert .* -o OUT)", run.out)
+    assert (modules is not None) == (copies < 2)
+    if modules:
+        words = modules[1].replace("ADAPTER", str(folder)).replace("OUT", str(tmp_path / "modules")).split()[1:]
+        assert command(tmp_path, *words).code == 0
+        assert len(safetensors.torch.load_file(tmp_path / "modules" / WEIGHTS)) == 2 * (len(SHAPES) + 2 - copies)
     told = {0: "", 1: "1 of the 2 tensors that it carries are in the base", 2: "all that it carries is in the base"}
     call = re.search(rf"{told[copies]}: (lora-squeeze convert .* -o OUT) writes it without", run.out)
     assert (call is not None) == (copies > 0)

@@ -213,7 +213,7 @@ def inspect(
         return
     console = show.console()
     console.print(*show.inspect_tables(report, each))
-    told = [*report.notes, *_to_drop(source, report)]
+    told = [*report.notes, *_carried_hints(source, report)]
     lines = [*show.bytes_lines(report, after=False), *told, *show.recommendation(report)]
     for line in [*lines, *([] if html is None else [f"page written to {html}"])]:
         console.print(line, markup=False, highlight=False)
@@ -252,16 +252,25 @@ app.command("fleet")(fleet_command)
 app.command("methods")(methods_command)
 
 
-def _to_drop(source: Adapter, report: Report) -> list[str]:
-    """How to write the adapter without tensors that the base model has too."""
-    equal = sum(tensor.equal for tensor in report.base.carried) if report.base else 0
-    if report.base is None or not equal:
+def _carried_hints(source: Adapter, report: Report) -> list[str]:
+    """How to write the adapter without tensors that the base model has too, and with modules for those that changed."""
+    if report.base is None or not report.base.carried:
         return []
-    every = equal == len(source.extras)
-    which = "all" if every else f"{equal} of the {len(source.extras)} tensors"
-    options = "--without-extras" if every else f"--without-equal --base {shlex.quote(report.base.model)}"
-    call = f"lora-squeeze convert ADAPTER --to {report.format} {options} -o OUT"
-    return [f"{which} that it carries {'is' if every else 'are'} in the base: {call} writes it without"]
+    call = f"lora-squeeze convert ADAPTER --to {report.format}"
+    base = f"--base {shlex.quote(report.base.model)}"
+    hints = []
+    if equal := sum(tensor.equal for tensor in report.base.carried):
+        every = equal == len(source.extras)
+        which = (
+            "all that it carries is" if every else f"{equal} of the {len(source.extras)} tensors that it carries are"
+        )
+        options = "--without-extras" if every else f"--without-equal {base}"
+        hints.append(f"{which} in the base: {call} {options} -o OUT writes it without")
+    changed = [tensor for tensor in report.base.carried if not tensor.equal and not tensor.added_rows]
+    if any(len(source.extras[tensor.name].shape) > 1 for tensor in changed):
+        options = f"{base} --vocabulary lora --rank {source.rank}"
+        hints.append(f"layers that it carries whole can become modules: {call} {options} -o OUT")
+    return hints
 
 
 def _refuse_no_op(source: Adapter, result: Adapter, alpha: str) -> None:
