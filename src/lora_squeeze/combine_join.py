@@ -108,13 +108,13 @@ def _check_alike(one: Module, other: Module, i: int, j: int) -> None:
 
 def _sum_of(members: Sequence[Module], weights: Sequence[float], scale: float) -> Module:
     """The module that concatenated factors make; they are read in float32 at least."""
-    total = members[0].total if len(members) == 1 else None  # of a sum, not known without its numbers
     dtype = members[0].dtype
     for member in members[1:]:
         dtype = common_dtype(dtype, member.dtype)
     rank = sum(member.rank for member in members)
     wide = 8 if torch.float64 in (member.dtype for member in members) else 4
-    total = None if total is None else total * weights[0] ** 2
+    alone = members[0].total if len(members) == 1 else None  # of a sum, not known without its numbers
+    total = None if alone is None else alone * weights[0] ** 2
     whole = replace(members[0], rank=rank, scale=scale, dtype=dtype, total=total)
     source_bytes = whole.parameters * wide + sum(max(m.size_bytes, m.source_bytes) for m in members)
     return replace(whole, source_bytes=source_bytes)

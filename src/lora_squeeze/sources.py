@@ -45,8 +45,8 @@ def open_source(
             the base weight, such as DoRA or OFT, need it.
         initial: the adapter as it was before the training, for PiSSA, OLoRA, CorDA and LoRA-GA, which change the base
             weights at the start. The result has twice the rank.
-        rank: the largest rank that will be asked of a fine-tuned model. More directions than that are looked for, at
-            least 128; bounds of energy and error find no rank beyond.
+        rank: the largest rank that will be asked of a fine-tuned model, or of layers carried whole. More
+            directions than that are looked for, at least 128; bounds of energy and error find no rank beyond.
         vocabulary: of a fine-tuned model, what becomes of changed embeddings and output heads: "leave" them as in the
             base (default), "lora" makes them modules, "carry" keeps the whole tensors. Of an adapter that carries
             such layers whole: "carry" (default), or "lora", with the base model.

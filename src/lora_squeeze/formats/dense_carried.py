@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class _CarriedWeights:
     rows: Mapping[str, tuple[str, list[int]]]  # of trained rows: the key in the base, and which rows they are
     name: str = "the adapter"
 
-    @property
+    @cached_property
     def facts(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         found = {name: (extra.dtype, extra.shape) for name, extra in self.adapter.extras.items()}
         for name, (key, _) in self.rows.items():

@@ -100,7 +100,10 @@ FILL = "lora-squeeze rank-up {adapter} --rank {rank} -o {output}"
 UNDORA = "lora-squeeze convert {adapter} -o {output} --to {format} --rank {rank} --base {base}"
 CONVERT = "lora-squeeze convert {adapter} -o {output} --to {format}"
 SUBTRACT = "lora-squeeze convert {adapter} -o {output} --to peft --initial INITIAL, as it was before the training"
-LAYERS = "lora-squeeze convert {adapter} -o {output} --to peft --base {base} --rank {rank} --vocabulary lora"
+LAYERS = (
+    "lora-squeeze convert {adapter} -o {output} --to peft --base {base} --rank {rank} --vocabulary lora makes modules "
+    "of embeddings, heads and tokens; norms and new rows have to be merged into the base model"
+)
 MERGE = "merge it into the base model in PEFT with merge_and_unload(), and serve that model"
 AGAIN = "get the file again, or save it again where it was trained"
 
